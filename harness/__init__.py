@@ -1,0 +1,3 @@
+"""Dyno: a dynamometer for LLM optimisation."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,289 @@
+"""The command line: verbs through argparse, overrides in Hydra's grammar. Imports nothing heavy before a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dyno.recipe import Recipe
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="dyno",
+        description="A dynamometer for LLM optimisation: compose a recipe, run it, compare, tune, report.",
+        epilog="overrides are Hydra's: axis=option, axis.knob=value. `dyno list` shows all of them; `dyno VERB --help` has examples.",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, help: str, examples: str, overrides: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if overrides:
+            sub.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="axis=option or axis.knob=value")
+            sub.add_argument(
+                "--plugins",
+                action="append",
+                default=[],
+                metavar="DIR",
+                help="a directory with conf/ and modules of your own techniques; its code will run",
+            )
+        return sub
+
+    verb("run", "run one recipe; the last line on stdout is its record as JSON",
+         "  dyno run model=nano precision=bf16\n  dyno run workload=generate quantization=int8 decoding=speculative", True)  # fmt: skip
+    verb("sweep", "run every combination of a sweep",
+         "  dyno sweep quantization=none,int8,int4 attention=math,sdpa workload=generate\n  dyno sweep 'workload.batch=8,16,32'", True)  # fmt: skip
+    tune = verb("tune", "search recipes with Optuna; a killed study resumes with the same command",
+                "  dyno tune study=quickstart\n  dyno tune study=quickstart model=160m study.trials=24\n  dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'", True)  # fmt: skip
+    tune.add_argument("--report", metavar="FILE", help="write an HTML report of the study's runs at the end")
+    verb("plan", "predict what a recipe needs, and why it cannot run, without running it",
+         "  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform\n  dyno plan model=1b hardware=h100", True)  # fmt: skip
+    table = verb(
+        "table",
+        "records as a table",
+        "  dyno table\n  dyno table results --to csv\n  dyno table results --to parquet -o runs.parquet",
+    )
+    table.add_argument("directory", nargs="?", default="results", help="results directory (default: results)")
+    table.add_argument("--to", choices=("text", "md", "csv", "parquet"), default="text")
+    table.add_argument("-o", "--output", help="file to write; parquet needs one")
+    table.add_argument("--columns", help="comma-separated columns; default: what differs, and the main metrics")
+    compare = verb("compare", "two tables, runs or directories side by side, ratios with intervals",
+                   "  dyno compare results/runs/A results/runs/B\n  dyno compare before/ after/ --json")  # fmt: skip
+    compare.add_argument("a")
+    compare.add_argument("b")
+    compare.add_argument("--force", action="store_true", help="compare rows whose fingerprints differ")
+    compare.add_argument("--json", action="store_true", help="JSON on stdout instead of a table")
+    report = verb(
+        "report",
+        "one self-contained HTML file (or Markdown) from records",
+        "  dyno report results -o report.html\n  dyno report results -o summary.md",
+    )
+    report.add_argument("directory", nargs="?", default="results")
+    report.add_argument("-o", "--output", default="report.html", help="a .html or .md file (default: report.html)")
+    report.add_argument("--title", default="Dyno report")
+    report.add_argument(
+        "--constraint", action="append", default=[], help="such as 'peak_memory_bytes <= 8e9'; drawn in the plots"
+    )
+    listing = verb("list", "axes, options and knobs", "  dyno list\n  dyno list quantization\n  dyno list model")
+    listing.add_argument("group", nargs="?")
+    listing.add_argument("--plugins", action="append", default=[], metavar="DIR")
+    cache = verb("cache", "list or prune artifacts", "  dyno cache\n  dyno cache --prune --older-than 7d")
+    cache.add_argument("directory", nargs="?", default="results")
+    cache.add_argument("--prune", action="store_true")
+    cache.add_argument("--older-than", default="0d", help="with --prune: unused for so long (12h, 7d; default: all)")
+    doctor = verb(
+        "doctor",
+        "what this machine has, what it reaches, and what is missing",
+        "  dyno doctor\n  dyno doctor --refresh",
+    )
+    doctor.add_argument("--refresh", action="store_true", help="measure the ceilings again")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.version:
+        from dyno import __version__
+
+        print(f"dyno {__version__}")
+        return OK
+    if not arguments.verb:
+        parser().print_help()
+        return USAGE
+    from dyno.errors import UserError
+
+    try:
+        return VERBS[arguments.verb](arguments)
+    except UserError as error:
+        print(f"dyno: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt as stop:
+        print(f"\ndyno: interrupted{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OK
+
+
+class Progress:
+    """Progress lines: one line rewritten on a terminal, at most one every few seconds elsewhere."""
+
+    def __init__(self, prefix: str = ""):
+        self.prefix, self.started, self.told = prefix, time.monotonic(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        line = f"{self.prefix}[{now - self.started:5.1f} s] {text}"
+        if self.live:
+            print(f"\r\x1b[2K{line[:110]}", end="", file=sys.stderr, flush=True)
+        elif now - self.told > 5.0 or not self.told:
+            self.told = now
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.live:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    from dyno.errors import UserError
+    from dyno.recipe import compose, parse
+
+    for override in parse(arguments.overrides):
+        if override.is_sweep_override():
+            raise UserError(f"'{override.input_line}' names several values: use `dyno sweep` or `dyno tune`")
+    return compose(arguments.overrides, arguments.plugins)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno import runner, show
+
+    recipe, progress = recipe_of(arguments), Progress()
+    record = runner.run(recipe, progress=progress)
+    progress.end()
+    show.record(record)
+    print(json.dumps({k: v for k, v in record.items() if k != "environment"}, default=str))
+    return OK if record["status"] == "ok" else FAILED
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno import runner, show
+    from dyno.recipe import compose, expand
+
+    recipes = [compose(overrides, arguments.plugins) for overrides in expand(arguments.overrides)]
+    records = []
+    for i, recipe in enumerate(recipes, 1):
+        progress = Progress(f"{i}/{len(recipes)} ")
+        records.append(runner.run(recipe, progress=progress))
+        progress.end()
+        print(f"{i}/{len(recipes)}  {show.line(records[-1])}", file=sys.stderr)
+    show.rows(records)
+    print(json.dumps([{"id": r["id"], "status": r["status"], "overrides": r["overrides"]} for r in records]))
+    return OK if all(r["status"] == "ok" for r in records) else FAILED
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno import study
+
+    progress = Progress()
+    summary = study.tune(arguments.overrides, arguments.plugins, progress)
+    progress.end()
+    if arguments.report:
+        from dyno import report
+
+        report.write_study(summary, arguments.report)
+        print(f"report: {arguments.report}", file=sys.stderr)
+    print(json.dumps(summary, default=str))
+    return OK
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno import show
+    from dyno.measure.environment import detect, planned
+    from dyno.plan import predict
+
+    recipe = recipe_of(arguments)
+    hardware = recipe.config["hardware"]
+    prediction = predict(recipe, planned(hardware) or detect(hardware))
+    show.plan(prediction)
+    print(json.dumps(prediction.to_json()))
+    return OK if prediction.verdict() is None else FAILED
+
+
+def table(arguments: argparse.Namespace) -> int:
+    from dyno import record, show
+    from dyno.errors import UserError
+
+    frame = record.table(arguments.directory)
+    if arguments.columns:
+        wanted = arguments.columns.split(",")
+        missing = [c for c in wanted if c not in frame]
+        if missing:
+            raise UserError(f"there is no column {missing[0]}; there is {', '.join(frame.columns)}")
+        frame = frame[wanted]
+    if arguments.to == "parquet":
+        if not arguments.output:
+            raise UserError("--to parquet needs -o FILE")
+        frame.to_parquet(arguments.output)
+    else:
+        text = show.frame_text(frame, arguments.to, all_columns=bool(arguments.columns))
+        if arguments.output:
+            with open(arguments.output, "w") as file:
+                file.write(text)
+        else:
+            print(text)
+    return OK
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno.compare import compare as side_by_side
+
+    comparison = side_by_side(arguments.a, arguments.b, force=arguments.force)
+    print(json.dumps(comparison.to_json()) if arguments.json else comparison.text())
+    return OK
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from dyno import report as reporting
+
+    reporting.write(arguments.directory, arguments.output, title=arguments.title, constraints=arguments.constraint)
+    print(arguments.output)
+    return OK
+
+
+def listing(arguments: argparse.Namespace) -> int:
+    from dyno import show
+
+    show.options(arguments.group, arguments.plugins)
+    return OK
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dyno import runner, show
+    from dyno.artifacts import Store
+
+    store = Store(Path(arguments.directory) / "artifacts")
+    if arguments.prune:
+        gone = store.prune(show.seconds(arguments.older_than))
+        runner.clean_leftovers(arguments.directory)
+        print(f"removed {len(gone)} artifacts, {show.si(sum(r['bytes'] for r in gone), 'B')}")
+    else:
+        show.artifacts(store.list())
+    return OK
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from dyno import doctor as checks
+
+    return checks.main(refresh=arguments.refresh)
+
+
+VERBS: dict[str, Any] = {
+    "run": run, "sweep": sweep, "tune": tune, "plan": plan, "table": table, "compare": compare, "report": report,
+    "list": listing, "cache": cache, "doctor": doctor,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""One readable decoder: RoPE, RMSNorm, SwiGLU, MHA/GQA/MQA by the number of KV heads, tied or untied embeddings.
+
+Shapes: B sequences, S query tokens, T tokens in all (cached + new), H query heads, G KV heads, D head width, E hidden.
+Three seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), and
+the cache that `forward` is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a decoder. `rope_scaling` is the Hugging Face mapping (only llama3); norms are in fp32."""
+
+    vocab_size: int
+    layers: int
+    hidden: int
+    ffn_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_seq: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}")
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens already seen."""
+
+    length: int
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, S, D) of one layer; return all keys and values (B, G, T, D)."""
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """All layers have been updated with so many tokens."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies (D/2,), with Llama 3's smooth scaling for long contexts where asked for."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if not scaling:
+        return inverse
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / inverse
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * inverse / factor + smooth * inverse
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, H, S, D), pairs (i, i + D/2) (Su et al. 2021, arXiv:2104.09864)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        hidden, width, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None) -> Tensor:
+        batch, new, _ = x.shape
+        dim = self.config.head_dim
+        q = self.q_proj(x).view(batch, new, -1, dim)
+        k = self.k_proj(x).view(batch, new, -1, dim)
+        v = self.v_proj(x).view(batch, new, -1, dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos, sin)
+        k = rotate(k.transpose(1, 2), cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        out = attend(q, k, v, causal=True, scale=None)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.ffn_width, bias=False)
+        self.up_proj = nn.Linear(config.hidden, config.ffn_width, bias=False)
+        self.down_proj = nn.Linear(config.ffn_width, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+    """softmax(QK')V with the matrix written out; causal is aligned to the bottom right."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-2, -1)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    new, total = scores.shape[-2:]
+    if causal and new > 1:
+        hidden = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+
+
+def call_plainly(block: nn.Module, *args: Any) -> Tensor:
+    return block(*args)
+
+
+class Decoder(nn.Module):
+    """tokens (B, S) -> logits (B, S, vocab_size)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self.attend: Attend = plain_attention
+        self.call_block: Callable[..., Tensor] = call_plainly
+        self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
+
+    def initialise(self, seed: int) -> Decoder:
+        """Normal weights of std 0.02, outputs of residual branches scaled down by depth; same for every device."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if weight.dim() < 2:
+                    continue
+                std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        return self
+
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """tokens (B, S) -> final normed states (B, S, E)."""
+        start = cache.length if cache is not None else 0
+        x = self.embed(tokens)
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inverse_frequency.float())
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for block in self.blocks:
+            x = self.call_block(block, x, cos, sin, self.attend, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.lm_head(self.hidden_states(tokens, cache))
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those in matrices that multiply activations, the head included), by arithmetic."""
+    width, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    linear = config.hidden * (2 * width + 2 * kv) + 3 * config.hidden * config.ffn_width
+    matrices = config.layers * linear + config.vocab_size * config.hidden
+    extra = config.layers * (2 * config.hidden + 2 * config.head_dim * config.qk_norm) + config.hidden
+    extra += config.layers * (width + 2 * kv) * config.qkv_bias
+    embedding = 0 if config.tied_embeddings else config.vocab_size * config.hidden
+    return matrices + extra + embedding, matrices

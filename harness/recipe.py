@@ -1,0 +1,257 @@
+"""A recipe: compose it with Hydra, validate it before any work, hash it, and make its techniques.
+
+Overrides are Hydra's. Every mistake in them becomes one UserError line with the close matches. No code runs from a
+config: a `_target_` must lie in `dyno.techniques`, be `dyno.technique.Baseline`, or live in a directory that the user
+named with --plugins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from dyno.axes import AXES, BY_NAME, SUBJECTS
+from dyno.errors import UserError
+from dyno.technique import Technique
+
+CONF = Path(importlib.import_module("dyno.conf").__path__[0])
+
+
+@dataclass
+class Recipe:
+    """A resolved configuration: plain data (`config`), the option chosen for each axis, and where plug-ins live."""
+
+    config: dict[str, Any]
+    choices: dict[str, Any]
+    overrides: list[str] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)
+
+    @cached_property
+    def hash(self) -> str:
+        """Names what is measured: everything but where results go."""
+        kept = {k: v for k, v in self.config.items() if k not in ("results_dir", "study")}
+        return digest([kept, self.choices])[:16]
+
+    def option(self, axis: str) -> str:
+        chosen = self.choices[axis]
+        return "+".join(chosen) if isinstance(chosen, list) else chosen
+
+    @cached_property
+    def techniques(self) -> dict[str, list[Technique]]:
+        """The techniques of each axis, in order of application."""
+        return {axis.name: [make(node, self.plugins) for node in self._nodes(axis.name)] for axis in AXES}
+
+    def _nodes(self, axis: str) -> list[dict[str, Any]]:
+        node = self.config.get(axis) or {}
+        if BY_NAME[axis].many:
+            return [node[name] for name in node if isinstance(node[name], dict)]
+        return [node]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "choices": self.choices,
+            "overrides": self.overrides,
+            "plugins": self.plugins,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
+        return cls(**data)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make(node: dict[str, Any], plugins: list[str]) -> Technique:
+    """Build one technique from its config node. The only place where a config names code."""
+    target = node.get("_target_")
+    if not isinstance(target, str) or "." not in target:
+        raise UserError(f"an option needs a _target_ such as dyno.techniques.axis.module.Class, got {target!r}")
+    module, _, name = target.rpartition(".")
+    builtin = target == "dyno.technique.Baseline" or module.startswith("dyno.techniques.")
+    if not builtin and not _lies_in_plugins(module, plugins):
+        raise UserError(f"_target_ {target} is neither in dyno.techniques nor in a directory named with --plugins")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"_target_ {target} cannot be loaded: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Technique)):
+        raise UserError(f"_target_ {target} is not a Technique")
+    knobs = {k: v for k, v in node.items() if k != "_target_"}
+    known = {f.name for f in fields(cls)}
+    for knob in knobs:
+        if knob not in known:
+            raise UserError(f"{cls.__name__} has no knob '{knob}'{close(knob, known)}")
+    technique = cls(**knobs)
+    for f in fields(technique):
+        value, default = getattr(technique, f.name), f.default
+        if isinstance(default, bool | int | float) and not _same_kind(value, default):
+            raise UserError(f"{cls.__name__}.{f.name} is {value!r}, it takes a {type(default).__name__}")
+    return technique
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
+
+
+def _lies_in_plugins(module: str, plugins: list[str]) -> bool:
+    relative = Path(*module.split("."))
+    for folder in plugins:
+        if (Path(folder) / relative).with_suffix(".py").is_file():
+            if folder not in sys.path:
+                sys.path.insert(0, folder)
+            return True
+    return False
+
+
+def close(word: str, known: Any) -> str:
+    """'; did you mean a, b?' or what there is."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    if matches:
+        return f"; did you mean {', '.join(matches)}?"
+    return f"; there is {', '.join(names)}" if names else ""
+
+
+def groups(plugins: list[str] | None = None) -> dict[str, list[str]]:
+    """Every config group with its options, plug-ins included."""
+    found: dict[str, set[str]] = {}
+    for root in [CONF, *[Path(p) / "conf" for p in plugins or []]]:
+        for path in root.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {name: sorted(options) for name, options in sorted(found.items())}
+
+
+def option_help(group: str, option: str, plugins: list[str] | None = None) -> str:
+    """The one-line help of an option: the first comment of its file that is no directive."""
+    for root in [CONF, *[Path(p) / "conf" for p in plugins or []]]:
+        path = root / group / f"{option}.yaml"
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                if line.startswith("#") and not line.startswith("# @"):
+                    return line[1:].strip()
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _hydra() -> Any:
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return hydra, OverridesParser.create()
+
+
+def parse(overrides: list[str]) -> list[Any]:
+    """Hydra's override objects, or a UserError with the offending word."""
+    _, parser = _hydra()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except Exception as error:  # noqa: BLE001  the parser raises several antlr types; all mean the same to the user
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise UserError(f"'{text}' is not an override; write axis=option or axis.knob=value") from error
+    return parsed
+
+
+def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
+    """Overrides -> a validated Recipe. Raises UserError before any work is done."""
+    plugins = [str(Path(p).resolve()) for p in plugins or []]
+    for folder in plugins:
+        if not Path(folder).is_dir():
+            raise UserError(f"--plugins {folder} is not a directory")
+    known = groups(plugins)
+    for override in parse(overrides):
+        _check_group(override, known)
+    hydra, _ = _hydra()
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    search = ",".join(f"file://{Path(p) / 'conf'}" for p in plugins)
+    extra = [f"hydra.searchpath=[{search}]"] if plugins else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("recipe", overrides=[*overrides, *extra], return_hydra_config=True)
+        chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        with_hydra = OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True, throw_on_missing=True
+        )
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, overrides, known)) from error
+    assert isinstance(with_hydra, dict) and isinstance(chosen, dict)
+    config = {str(k): v for k, v in with_hydra.items()}
+    choices = {name: _plain(chosen[name]) for name in (*[a.name for a in AXES], *SUBJECTS) if name in chosen}
+    recipe = Recipe(config, choices, list(overrides), plugins)
+    assert recipe.techniques is not None  # builds every technique, so that a wrong knob is told now
+    return recipe
+
+
+def _plain(choice: Any) -> Any:
+    if isinstance(choice, str) and choice.startswith("["):
+        return [part.strip() for part in choice.strip("[]").split(",") if part.strip()]
+    return list(choice) if isinstance(choice, list | tuple) else choice
+
+
+def _check_group(override: Any, known: dict[str, list[str]]) -> None:
+    key = override.get_key_element().lstrip("+~").split("@")[0]
+    first = key.split(".")[0]
+    tops = {*known, "results_dir", "seed"}
+    if first not in tops:
+        raise UserError(f"there is no axis or key '{first}'{close(first, tops)}")
+    if "." in key or first not in known or override.is_delete():
+        return
+    value = override.value()
+    options = value if isinstance(value, list) else [value]
+    if override.is_sweep_override():
+        return
+    for option in options:
+        if str(option) not in known[first]:
+            raise UserError(f"{first} has no option '{option}'{close(str(option), known[first])}")
+
+
+def _explain(error: Exception, overrides: list[str], known: dict[str, list[str]]) -> str:
+    """Hydra's several-line error as one line with the close matches of a misspelt knob."""
+    first = str(error).strip().splitlines()[0]
+    match = re.search(r"Key '(\w+)' is not in struct", str(error))
+    full = re.search(r"full_key: ([\w.]+)", str(error))
+    if match and full:
+        axis = full.group(1).rpartition(".")[0]
+        return f"{axis or 'the recipe'} has no knob '{match.group(1)}'; `dyno list {axis}` shows them"
+    match = re.search(r"Could not override '([\w.]+)'", first)
+    if match:
+        axis = match.group(1).split(".")[0]
+        return f"{match.group(1)} does not exist under the chosen option of {axis}; `dyno list {axis}` shows the knobs"
+    return first
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """A sweep written in Hydra's grammar -> every combination as plain overrides, in the order given."""
+    lists: list[list[str]] = []
+    for override in parse(overrides):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            if override.is_interval_sweep():
+                raise UserError(f"'{override.input_line}' is an interval: a sweep needs values, a tune takes intervals")
+            lists.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            lists.append([override.input_line])
+    return [list(combination) for combination in itertools.product(*lists)]

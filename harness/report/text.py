@@ -1,0 +1,124 @@
+"""Markdown for a pull request: what won and how to repeat it, what failed and why, and where it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from dyno.report.rows import Row, fingerprint_parts, metric_unit, rows, short_name, unexplained, varied, varied_knobs
+from dyno.report.sections import best_columns
+from dyno.report.summary import Objective, Summary, gain, summarise
+from dyno.report.units import quantity, ratio_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MOST_FAILURES = 20
+
+
+def markdown(
+    frame: pd.DataFrame | None,
+    records: Iterable[dict[str, Any]] | None,
+    *,
+    title: str = "Dyno report",
+    constraints: list[str] | None = None,
+    objectives: list[Objective] | None = None,
+    baseline_id: str | None = None,
+) -> str:
+    """The report of a table as GitHub Markdown. Arguments and errors as `dyno.report.html`."""
+    summary = summarise(rows(frame, records), constraints, objectives, baseline_id)
+    names, knobs = varied(summary.rows), varied_knobs(summary.rows)
+    counts = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in summary.counts().items() if n)
+    parts = [f"## {_cell(title)}", f"{len(summary.rows)} runs{': ' + counts if counts else ''}."]
+    differing = unexplained(summary.rows)
+    if differing:
+        parts.append(f"> **These rows are not all comparable**: their fingerprints differ in {', '.join(differing)}.")
+    for constraint in summary.constraints:
+        state = f" (not applied: {_cell(constraint.reason)})" if constraint.bound is None else ""
+        parts.append(f"Constraint: {_code(constraint.text)}{state}")
+    parts += _best(summary, names, knobs)
+    parts += _failures(summary, names, knobs)
+    parts += _environment(summary)
+    return "\n\n".join(parts) + "\n"
+
+
+def _best(summary: Summary, names: list[str], knobs: list[str]) -> list[str]:
+    if not summary.best:
+        return ["No run that ended well meets every constraint and has every objective."] if summary.rows else []
+    columns = best_columns(summary)
+    goals = dict(summary.objectives)
+    arrow = {"maximize": " ↑", "minimize": " ↓"}
+    lines = [
+        "| recipe | " + " | ".join(f"{_cell(m)}{arrow.get(goals.get(m, ''), '')}" for m in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    listed = [*summary.best, *([summary.baseline] if summary.baseline and summary.baseline not in summary.best else [])]
+    for row in listed:
+        name = short_name(row, names, knobs)
+        name += " (baseline)" if row is summary.baseline and name != "baseline" else ""
+        lines.append(f"| {_cell(name)} | " + " | ".join(_figure(summary, row, m) for m in columns) + " |")
+    over = "; ratios over the baseline with 95% intervals" if summary.baseline else "; no baseline row"
+    commands = "\n".join(row.command.replace("\n", " ") for row in listed)
+    fence = "`" * max(3, _longest_run(commands) + 1)
+    return [f"### Best rows{over}", "\n".join(lines), f"Repeat them:\n\n{fence}sh\n{commands}\n{fence}"]
+
+
+def _figure(summary: Summary, row: Row, metric: str) -> str:
+    value = row.value(metric)
+    if value is None:
+        cell = row.metrics.get(metric)
+        return f"*{_cell((cell.reason if cell else '') or row.reason or 'not recorded')}*"
+    ratio = gain(row, summary.baseline, metric) if row is not summary.baseline else None
+    return quantity(value, metric_unit(summary.rows, metric)) + (f"<br>{ratio_text(*ratio)}" if ratio else "")
+
+
+def _failures(summary: Summary, names: list[str], knobs: list[str]) -> list[str]:
+    failed = [row for row in summary.rows if not row.ok]
+    if not failed:
+        return []
+    lines = ["| recipe | status | reason |", "|---|---|---|"]
+    lines += [
+        f"| {_cell(short_name(r, names, knobs))} | {_cell(r.status)} | {_cell(r.reason)} |"
+        for r in failed[:_MOST_FAILURES]
+    ]
+    more = [f"and {len(failed) - _MOST_FAILURES} more."] if len(failed) > _MOST_FAILURES else []
+    return [f"### Failures ({len(failed)})", "\n".join(lines), *more]
+
+
+def _environment(summary: Summary) -> list[str]:
+    lines = []
+    for part, values in fingerprint_parts(summary.rows).items():
+        told = ", ".join(f"{_code(v)} ({n})" if len(values) > 1 else _code(v) for v, n in sorted(values.items())[:4])
+        lines.append(f"- {part}: {told}{f' and {len(values) - 4} more' if len(values) > 4 else ''}")
+    codes: dict[str, int] = {}
+    for row in summary.rows:
+        for code, _ in row.flags:
+            codes[code] = codes.get(code, 0) + 1
+    lines += [f"- flag {_code(code)} on {n} rows" for code, n in sorted(codes.items())]
+    return ["### Environment", "\n".join(lines)] if lines else []
+
+
+def _cell(text: str) -> str:
+    """Text that stays text in a table cell: no pipe, line break, markup or mention gets through."""
+    flat = " ".join(str(text).split())
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("\\", "\\\\"), ("|", "\\|"), ("@", "@\u200b")):
+        flat = flat.replace(mark, safe)
+    for mark in "*`[]!#~":
+        flat = flat.replace(mark, f"\\{mark}")
+    return flat
+
+
+def _code(text: str) -> str:
+    """An inline code span that the text cannot end."""
+    flat = " ".join(str(text).split()).replace("|", "\\|")
+    ticks = "`" * (_longest_run(flat) + 1)
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return f"{ticks}{pad}{flat}{pad}{ticks}"
+
+
+def _longest_run(text: str) -> int:
+    longest = run = 0
+    for letter in text:
+        run = run + 1 if letter == "`" else 0
+        longest = max(longest, run)
+    return longest

@@ -1,0 +1,203 @@
+"""What the terminal shows: records, tables, plans and options, in plain aligned text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dyno.axes import AXES, BY_NAME
+from dyno.errors import UserError
+from dyno.recipe import close, groups, option_help
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dyno.plan import Plan
+
+MAIN = (
+    "tokens_per_s", "step_time_s", "decode_tokens_per_s", "ttft_s", "tpot_s", "validation_loss", "perplexity",
+    "kl_divergence", "top1_agreement", "peak_memory_bytes", "model_bytes", "energy_j_per_token", "mfu", "mbu",
+)  # fmt: skip
+ONE_LINE = ("tokens_per_s", "decode_tokens_per_s", "validation_loss", "peak_memory_bytes")
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """12345 -> 12.3 k; bytes in powers of 1024; dimensionless shares as they are."""
+    if value is None or value != value:
+        return "-"
+    if unit == "B":
+        for prefix in ("B", "KiB", "MiB", "GiB", "TiB"):
+            if abs(value) < 1024 or prefix == "TiB":
+                return f"{value:.3g} {prefix}" if abs(value) < 1000 else f"{value:.0f} {prefix}"
+            value /= 1024
+    if unit == "s" and 0 < abs(value) < 1:
+        return f"{value * 1e3:.3g} ms" if abs(value) >= 1e-3 else f"{value * 1e6:.3g} us"
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".strip() if unit != "1" else f"{value:.4g}"
+
+
+def seconds(text: str) -> float:
+    """'90s', '12h', '7d' -> seconds."""
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        return float(text[:-1]) * scale[text[-1]]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"'{text}' is no duration; write 90s, 30m, 12h or 7d") from error
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in one line."""
+    if record["status"] != "ok":
+        return f"{record['status']}: {record['reason']}"
+    metrics = record["metrics"]
+    parts = [f"{n} {si(metrics[n]['value'], metrics[n]['unit'])}" for n in ONE_LINE if n in metrics]
+    return f"ok  {'  '.join(parts)}  ({record['duration_s']:.1f} s)"
+
+
+def record(record: dict[str, Any]) -> None:
+    """A record on stderr: status, then every metric with its interval, or why it is empty."""
+    out = [f"{record['id']}  {record['status']}" + (f": {record['reason']}" if record["reason"] else "")]
+    chosen = [
+        f"{a.name}={_option(record['choices'][a.name])}"
+        for a in AXES
+        if _option(record["choices"][a.name]) != a.baseline
+    ]
+    out.append(
+        "  " + "  ".join([f"model={record['choices']['model']}", f"workload={record['choices']['workload']}", *chosen])
+    )
+    empty: dict[str, list[str]] = {}
+    for name, metric in record["metrics"].items():
+        if metric["value"] is None:
+            empty.setdefault(metric["reason"], []).append(name)
+            continue
+        unit = metric["unit"]
+        text = f"  {name:<28} {si(metric['value'], unit):>14}"
+        if "low" in metric:
+            text += f"   [{si(metric['low'], unit)}, {si(metric['high'], unit)}]"
+        out.append(text + (f"   n={metric['count']}" if metric.get("count", 1) > 1 else ""))
+    out += [f"  not measured: {', '.join(names)} ({reason})" for reason, names in empty.items()]
+    out += [f"  flag: {flag['code']}: {flag['detail']}" for flag in record["validity"].get("flags", [])]
+    reused = [f"{a['stage']}{' (cached)' if a['reused'] else ''}" for a in record["artifacts"]]
+    if reused:
+        out.append(f"  artifacts: {', '.join(reused)}")
+    print("\n".join([*out, f"  {record['_path']}"]), file=sys.stderr)
+
+
+def _option(choice: Any) -> str:
+    return "+".join(choice) if isinstance(choice, list) else str(choice)
+
+
+def rows(records: list[dict[str, Any]]) -> None:
+    from dyno.record import table
+
+    print(frame_text(table(records), "text"), file=sys.stderr)
+
+
+def frame_text(frame: pd.DataFrame, form: str, all_columns: bool = False) -> str:
+    """A frame as aligned text, Markdown or CSV. Text and Markdown show what differs and the main metrics."""
+    if form == "csv":
+        return frame.to_csv(index=False)
+    if frame.empty:
+        return "no runs"
+    shown = frame if all_columns else frame[_telling(frame)]
+    units = {"peak_memory_bytes": "B", "model_bytes": "B", "step_time_s": "s", "ttft_s": "s", "tpot_s": "s"}
+    cells = [[_cell(value, units.get(str(c), "")) for value in shown[c]] for c in shown.columns]
+    heads = [str(c) for c in shown.columns]
+    if form == "md":
+        body = "\n".join(
+            "| " + " | ".join(col[i].replace("|", "\\|") for col in cells) + " |" for i in range(len(shown))
+        )
+        return "| " + " | ".join(heads) + " |\n|" + "---|" * len(heads) + f"\n{body}"
+    widths = [max(len(h), *(len(c) for c in col)) for h, col in zip(heads, cells, strict=True)]
+    numeric = [shown[c].dtype.kind in "fiu" for c in shown.columns]
+    lines = ["  ".join(h.rjust(w) if n else h.ljust(w) for h, w, n in zip(heads, widths, numeric, strict=True))]
+    for i in range(len(shown)):
+        lines.append(
+            "  ".join(
+                col[i].rjust(w) if n else col[i].ljust(w) for col, w, n in zip(cells, widths, numeric, strict=True)
+            )
+        )
+    return "\n".join(lines)
+
+
+def _telling(frame: pd.DataFrame) -> list[str]:
+    """id, status, axes and knobs that differ, main metrics that any row has, and the reason where a row failed."""
+    columns = ["id", "status"]
+    choices = [c for c in frame if str(c).split(".")[0] in (*BY_NAME, "model", "workload")]
+    columns += [c for c in choices if frame[c].nunique(dropna=False) > 1]
+    columns += [c for c in MAIN if c in frame and frame[c].notna().any()]
+    return columns + (["reason"] if frame["reason"].notna().any() else [])
+
+
+def _cell(value: Any, unit: str) -> str:
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return si(float(value), unit)
+    return str(value)[:80]
+
+
+def plan(prediction: Plan) -> None:
+    """A plan on stderr: phases and their terms, the phase that binds, and reasons."""
+    verdict = prediction.verdict()
+    out = [f"predicted on {prediction.device.name}, {si(prediction.device.memory_bytes, 'B')}"]
+    if prediction.shape:
+        out.append(f"  parameters {si(prediction.shape.parameters)}   FLOPs a step {si(prediction.flops_per_step)}")
+    for phase, terms in prediction.terms.items():
+        mark = "  <- binds" if phase == prediction.phase else ""
+        out.append(f"  {phase:<18} {si(sum(terms.values()), 'B'):>10}{mark}")
+        out += [f"    {name:<18} {si(value, 'B'):>10}" for name, value in terms.items() if value]
+    if prediction.terms:
+        out.append(
+            f"  peak memory        {si(prediction.peak_memory_bytes, 'B'):>10}  (predicted, with allocator slack)"
+        )
+    out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")
+    print("\n".join(out), file=sys.stderr)
+
+
+def options(group: str | None, plugins: list[str]) -> None:
+    """All groups, or one group's options with their knobs."""
+    known = groups(plugins)
+    if group is None:
+        for axis in AXES:
+            print(f"{axis.name:<14} {axis.stage:<9} {axis.help}\n{'':<25}{', '.join(known.get(axis.name, []))}")
+        for name in sorted(set(known) - set(BY_NAME)):
+            print(f"{name:<14} {'':<9} {', '.join(known[name])}")
+        return
+    if group not in known:
+        raise UserError(f"there is no group '{group}'{close(group, known)}")
+    for option in known[group]:
+        print(f"{group}={option:<20} {option_help(group, option, plugins)}")
+        for knob, value in knobs(group, option, plugins).items():
+            print(f"    {group}.{knob}={value}")
+
+
+def knobs(group: str, option: str, plugins: list[str]) -> dict[str, Any]:
+    """The knobs of an option file, as written."""
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    from dyno.recipe import CONF
+
+    for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
+        path = root / group / f"{option}.yaml"
+        if path.is_file():
+            node = OmegaConf.to_container(OmegaConf.load(path))
+            return (
+                {str(k): v for k, v in (node or {}).items() if k not in ("_target_", "defaults")}
+                if isinstance(node, dict)
+                else {}
+            )
+    return {}
+
+
+def artifacts(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        age = time.time() - row["used_s"]
+        state = "" if row["whole"] else "  half-written"
+        print(f"{row['stage']:<9} {row['key']:<26} {si(row['bytes'], 'B'):>10}  used {age / 3600:.1f} h ago{state}")
+    print(f"{len(rows)} artifacts, {si(sum(r['bytes'] for r in rows), 'B')}")

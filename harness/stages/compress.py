@@ -1,0 +1,106 @@
+"""The compress stage: distillation, kv_heads, pruning, quantization, in that order, on a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dyno.artifacts import acting
+from dyno.errors import UserError
+from dyno.model.decoder import Decoder
+from dyno.recipe import digest
+from dyno.record import Metric
+from dyno.stages import train
+from dyno.technique import Baseline
+
+if TYPE_CHECKING:
+    from dyno.pipeline import Pipeline
+
+CALIBRATION_SEQUENCES = 32
+
+
+def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
+    """(compressed model, the unmodified model that entered, weights key).
+
+    After each axis the model is kept as an artifact while it still is a plain decoder (a distilled student, a pruned
+    model); packed weights are made anew from it, which costs milliseconds.
+    """
+    path, before = train.prepare(pipeline)
+    reference = train.load(pipeline, path).eval()
+    model = train.load(pipeline, path).eval()
+    run = pipeline.run("compress")
+    run.model = model
+    data_path, _, _ = pipeline.data()
+    stream = np.load(data_path / "train.npy", mmap_mode="r")
+    workload = pipeline.recipe.config["workload"]
+    seq = workload["seq"]
+    if len(stream) <= seq:
+        raise UserError(f"the corpus has {len(stream)} tokens after filtering, workload.seq={seq} needs more")
+    starts = np.linspace(0, len(stream) - seq - 1, CALIBRATION_SEQUENCES).astype(np.int64)
+    run.calibration = np.stack([stream[s : s + seq] for s in starts]).astype(np.int64)
+    run.stream = stream
+    for axis, chosen in acting(pipeline.recipe, "compress").items():
+        for technique in chosen:
+            if isinstance(technique, Baseline):
+                continue
+            before = digest([before, axis, type(technique).__qualname__, technique.knobs(), train_code(technique)])[:24]
+            cached = pipeline.store.get("compress", before)
+            if cached is not None:
+                run.model = train.load(pipeline, cached).eval()
+                pipeline.used("compress", before, True)
+                run.details.update(pipeline.store.manifest(cached)["details"])
+                continue
+            pipeline.progress(f"compress: {technique.name}")
+            technique.apply(run)
+            assert run.model is not None
+            run.model.eval()
+            if is_plain(run.model):
+                keep(pipeline, before, run.model, run.details)
+    assert run.model is not None
+    return run.model, reference, before
+
+
+def train_code(technique: Any) -> str:
+    import inspect
+
+    return digest(Path(inspect.getfile(type(technique))).read_text())
+
+
+def is_plain(model: Decoder) -> bool:
+    """Whether a checkpoint of this model can be loaded as a decoder of its config."""
+    with torch.device("meta"):
+        expected = Decoder(model.config).state_dict()
+    state = model.state_dict()
+    return state.keys() == expected.keys() and all(state[k].shape == expected[k].shape for k in state)
+
+
+def keep(pipeline: Pipeline, key: str, model: Decoder, details: dict[str, Any]) -> None:
+    def write(directory: Path) -> dict[str, Any]:
+        train.save(directory, model, model.state_dict())
+        return {"details": details}
+
+    pipeline.store.put("compress", key, write)
+    pipeline.used("compress", key, False)
+
+
+def size_metrics(model: Decoder) -> dict[str, Metric]:
+    """Bytes of everything that is stored, bits a weight over the whole model, share of zeros in the matrices."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    weights = train.parameter_counts(model.config)[0]
+    zeros = total = 0
+    for module in model.blocks.modules():
+        weight = getattr(module, "dense_weight", None)
+        dense = weight() if callable(weight) else module.weight if isinstance(module, torch.nn.Linear) else None
+        if dense is not None:
+            zeros += int((dense == 0).sum())
+            total += dense.numel()
+    return {
+        "model_bytes": Metric(stored, "B", source="tensor sizes"),
+        "bits_per_weight": Metric(8 * stored / weights, "bit", source="tensor sizes"),
+        "sparsity": Metric(zeros / max(1, total), "1", source="zeros in block matrices"),
+        "parameters": Metric(weights, "parameters", source="count"),
+    }

@@ -1,0 +1,275 @@
+"""The train stage: from token streams to weights, with or without measuring the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dyno import quality
+from dyno.artifacts import acting, stage_key
+from dyno.errors import NonFinite, UserError
+from dyno.model.decoder import Decoder, ModelConfig, call_plainly, parameter_counts, plain_attention
+from dyno.record import Metric
+from dyno.stages import bench
+from dyno.technique import Run
+
+if TYPE_CHECKING:
+    from dyno.pipeline import Pipeline
+
+LOG_EVERY_S = 2.0
+
+
+def model_config(node: dict[str, Any], vocab_size: int) -> ModelConfig:
+    """The decoder's sizes from conf/model; a null vocab_size is the tokenizer's."""
+    known = {f.name for f in fields(ModelConfig)}
+    sizes = {k: v for k, v in node.items() if k in known}
+    sizes["vocab_size"] = sizes.get("vocab_size") or vocab_size
+    if sizes["vocab_size"] < vocab_size:
+        raise UserError(f"model.vocab_size={sizes['vocab_size']} is smaller than the tokenizer's {vocab_size}")
+    return ModelConfig(**sizes)
+
+
+def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats; tokens and targets (B, S)."""
+    logits = forward(tokens)
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def plain_optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    parameters = list(parameters)
+    fused = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+
+
+def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Run:
+    """A run whose parts are the plain training step, edited by the techniques that act here."""
+    run = pipeline.run(stage)
+    run.model = model
+    run.parts.update(
+        attention=plain_attention,
+        autocast=contextlib.nullcontext,
+        scaler=None,
+        weights_dtype=torch.float32,
+        call_block=call_plainly,
+        forward=model,
+        loss=plain_loss,
+        optimizer=plain_optimizer,
+        micro_batches=1,
+        sync=lambda is_last: contextlib.nullcontext(),
+        state_dict=lambda: model.state_dict(),
+    )
+    for chosen in acting(pipeline.recipe, stage).values():
+        for technique in chosen:
+            technique.apply(run)
+            model.attend = run.part("attention")
+            model.call_block = run.part("call_block")
+    return run
+
+
+def batches(stream: np.ndarray, batch: int, seq: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (tokens, targets) of shape (batch, seq) int64, drawn at random offsets; the same for every rank."""
+    if len(stream) <= seq + 1:
+        raise UserError(f"the corpus has {len(stream)} tokens after filtering, workload.seq={seq} needs more")
+    generator = np.random.default_rng([seed, 7])
+    while True:
+        starts = generator.integers(0, len(stream) - seq - 1, size=batch)
+        rows = np.stack([stream[s : s + seq + 1] for s in starts]).astype(np.int64)
+        both = torch.from_numpy(rows)
+        yield both[:, :-1], both[:, 1:]
+
+
+class Trainer:
+    """One optimizer step after another over a stream, as the run's parts say."""
+
+    def __init__(self, run: Run, stream: np.ndarray, workload: dict[str, Any], seed: int):
+        self.run, self.workload = run, workload
+        assert run.model is not None
+        batch, micro = workload["batch"], run.part("micro_batches")
+        if batch % (micro * run.ranks):
+            raise UserError(f"workload.batch={batch} is no multiple of {micro} micro-batches x {run.ranks} ranks")
+        self.optimizer = run.part("optimizer")(run.model.parameters(), workload["lr"])
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.batches = batches(stream, batch, workload["seq"], seed)
+        self.loss = torch.zeros((), device=run.device)
+        self.steps = self.skipped = 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.workload["batch"] * self.workload["seq"]
+
+    def step(self) -> None:
+        """One optimizer step over the global batch; each rank takes its rows."""
+        run, scaler = self.run, self.run.part("scaler")
+        tokens, targets = next(self.batches)
+        rows = slice(run.rank, None, run.ranks)
+        tokens, targets = (
+            tokens[rows].to(run.device, non_blocking=True),
+            targets[rows].to(run.device, non_blocking=True),
+        )
+        micro = run.part("micro_batches")
+        total = torch.zeros((), device=run.device)
+        for i, (x, y) in enumerate(zip(tokens.chunk(micro), targets.chunk(micro), strict=True)):
+            with run.part("sync")(i == micro - 1):
+                with run.part("autocast")():
+                    loss = run.part("loss")(run.part("forward"), x, y) / micro
+                (scaler.scale(loss) if scaler else loss).backward()
+            total += loss.detach()
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if scaler:
+            before = scaler.get_scale()
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.skipped += scaler.get_scale() < before
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = total
+        self.steps += 1
+
+    def train(self, steps: int, progress: Any) -> None:
+        """So many steps, telling the loss now and then and stopping when it is not finite."""
+        told = time.monotonic()
+        for i in range(steps):
+            self.step()
+            if time.monotonic() - told > LOG_EVERY_S or i == steps - 1:
+                told = time.monotonic()
+                progress(f"train: step {i + 1}/{steps} loss {self.finite_loss():.3f}")
+
+    def finite_loss(self) -> float:
+        loss = float(self.loss)
+        if not math.isfinite(loss):
+            raise NonFinite(
+                f"the training loss is {loss} after {self.steps} steps; lower workload.lr or widen precision"
+            )
+        return loss
+
+
+def key(pipeline: Pipeline, data_key: str) -> str:
+    config = pipeline.recipe.config
+    workload = {k: config["workload"][k] for k in ("batch", "seq", "steps", "lr")}
+    subject = {"model": config["model"], "workload": workload, "seed": config["seed"]}
+    return stage_key(pipeline.recipe, "train", data_key, subject, ["dyno.model.decoder", __name__])
+
+
+def save(directory: Path, model: Decoder, state: dict[str, Tensor]) -> None:
+    """model.safetensors and config.json: fp32 or as the state is, tied weights once."""
+    tied = {"lm_head.weight"} if model.config.tied_embeddings else set()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in tied}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(asdict(model.config)))
+
+
+def load(pipeline: Pipeline, path: Path) -> Decoder:
+    """A checkpoint as a plain decoder on the pipeline's device."""
+    config = ModelConfig(**json.loads((path / "config.json").read_text()))
+    with torch.device(pipeline.device):
+        model = Decoder(config)
+    state = load_file(path / "model.safetensors", device=str(pipeline.device))
+    if config.tied_embeddings:
+        state["lm_head.weight"] = state["embed.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def fresh_model(pipeline: Pipeline, manifest: dict[str, Any]) -> Decoder:
+    """The model to train: from a checkpoint when model.source names one, else initialised from the seed."""
+    node, seed = pipeline.recipe.config["model"], pipeline.recipe.config["seed"]
+    if node["source"] != "config":
+        from dyno.model.loaders import load as load_pretrained
+
+        config, state, _, _ = load_pretrained(node)
+        model = Decoder(config)
+        model.load_state_dict(state)
+        return model.to(pipeline.device)
+    config = model_config(node, manifest["vocab_size"])
+    if parameter_counts(config)[0] > 3e8 and pipeline.device.type == "cuda":
+        with torch.device(pipeline.device):  # billions of weights are drawn on the device, seconds instead of minutes
+            torch.manual_seed(seed)
+            model = Decoder(config)
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    torch.nn.init.normal_(weight, std=0.02)
+        return model
+    return Decoder(config).initialise(seed).to(pipeline.device)
+
+
+def prepare(pipeline: Pipeline) -> tuple[Path, str]:
+    """The train artifact of a recipe that does not measure training: from the cache, or trained now."""
+    data_path, manifest, data_key = pipeline.data()
+    train_key = key(pipeline, data_key)
+    path = pipeline.store.get("train", train_key)
+    pipeline.used("train", train_key, path is not None)
+    if path is None:
+        workload = pipeline.recipe.config["workload"]
+        model = fresh_model(pipeline, manifest)
+        run = prepared_run(pipeline, model)
+        trainer = Trainer(
+            run, np.load(data_path / "train.npy", mmap_mode="r"), workload, pipeline.recipe.config["seed"]
+        )
+        trainer.train(
+            workload["steps"] if pipeline.recipe.config["model"]["source"] == "config" else 0, pipeline.progress
+        )
+
+        def write(directory: Path) -> dict[str, Any]:
+            save(directory, model, run.part("state_dict")())
+            return {"steps": trainer.steps, "loss": float(trainer.loss)}
+
+        path = pipeline.store.put("train", train_key, write)
+    return path, train_key
+
+
+def step_flops(config: ModelConfig, tokens: int, seq: int) -> float:
+    """Model FLOPs of one training step: 6 a matrix weight and token, plus causal attention (6 L H D s a token)."""
+    _, linear = parameter_counts(config)
+    return tokens * (6.0 * linear + 6.0 * config.layers * config.heads * config.head_dim * seq)
+
+
+def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
+    """Train for workload.steps, evaluate, then measure further steps; returns metrics and the weights' key."""
+    data_path, manifest, data_key = pipeline.data()
+    config, meter = pipeline.recipe.config, pipeline.meter
+    workload = config["workload"]
+    assert meter is not None
+    model = fresh_model(pipeline, manifest)
+    run = prepared_run(pipeline, model)
+    trainer = Trainer(run, np.load(data_path / "train.npy", mmap_mode="r"), workload, config["seed"])
+    warm = bench.warm_up(meter, trainer.step)
+    metrics = warm.metrics
+    trainer.train(max(0, workload["steps"] - trainer.steps), pipeline.progress)
+    metrics["train_loss"] = Metric(trainer.finite_loss(), "nats", source=f"step {trainer.steps}")
+    if trainer.steps == workload["steps"] or workload["steps"] == 0:
+        held_out = np.load(data_path / "validation.npy", mmap_mode="r")
+        with run.part("autocast")():
+            metrics |= quality.loss_metrics(run.part("forward"), held_out, workload, pipeline.device)
+    else:
+        reason = f"warm-up took {trainer.steps} steps, more than workload.steps={workload['steps']}"
+        metrics["validation_loss"] = Metric(None, "nats", 0, reason=reason)
+        metrics["perplexity"] = Metric(None, "1", 0, reason=reason)
+    pipeline.progress("train: measuring")
+    with meter.window("train") as window:
+        for _ in window.steps(warm.steps_to_fill if pipeline.ranks > 1 else None):
+            trainer.step()
+    steps = len(window.step_times_s)
+    window.tokens = steps * trainer.tokens_per_step
+    window.flops = steps * step_flops(model.config, trainer.tokens_per_step, workload["seq"]) / pipeline.ranks
+    trainer.finite_loss()
+    metrics |= window.metrics()
+    total, _ = parameter_counts(model.config)
+    metrics["parameters"] = Metric(total, "parameters", source="count")
+    if run.part("scaler"):
+        metrics["skipped_steps"] = Metric(trainer.skipped, "steps", count=trainer.steps, source="grad scaler")
+    return metrics, key(pipeline, data_key)

@@ -1,0 +1,143 @@
+"""The one interface of a technique, and the run that a technique edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyno.errors import Conflict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from dyno.data import Document
+    from dyno.measure.environment import Device
+    from dyno.model.decoder import Decoder
+    from dyno.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes a prediction needs: the model's, and the workload's batch (sequences) and seq (tokens)."""
+
+    parameters: int
+    linear_parameters: int
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    batch: int
+    seq: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A technique's share of the prediction. Factors multiply, the rest adds; the default changes nothing.
+
+    `activation_factor` scales the bytes that a block keeps for its backward pass, `state_factor` the bytes of
+    parameters, gradients and optimizer on one rank, `weight_bytes` is the stored width of one matrix weight.
+    """
+
+    weight_bytes: float | None = None
+    linear_factor: float = 1.0
+    activation_width: float | None = None
+    activation_factor: float = 1.0
+    attention_matrix: bool = False
+    state_factor: float = 1.0
+    gradient_factor: float = 1.0
+    batch_factor: float = 1.0
+    flops_factor: float = 1.0
+    kv_cache_factor: float = 1.0
+    extra_bytes: float = 0.0
+    ranks: int = 1
+
+
+@dataclass
+class Technique:
+    """One option of an axis: a dataclass of knobs with at most three methods."""
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        """The reason why this technique cannot run in this recipe on this device, in the user's words; or None."""
+        return None
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        """What it changes of the predicted bytes and FLOPs."""
+        return Footprint()
+
+    def apply(self, run: Run) -> None:
+        """Edit the run: its documents, model, or parts."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the run needs: the knob `ranks` where a technique has one."""
+        return int(getattr(self, "ranks", 1))
+
+    @property
+    def subrecipe(self) -> list[str] | None:
+        """Overrides of another recipe that is built first: the knob `teacher` or `draft` where a technique has one."""
+        return getattr(self, "teacher", None) or getattr(self, "draft", None)
+
+    def knobs(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class Baseline(Technique):
+    """The plain option of an axis: changes nothing."""
+
+
+@dataclass
+class Run:
+    """One stage of one run, as its techniques see it.
+
+    Parts are named callables and values that a stage is made of. `replace` takes a part over, and a second owner is a
+    typed conflict that names both; `wrap` adds a layer round whatever is there, in axis order. A run is a process, so
+    nothing needs undoing.
+    """
+
+    recipe: Recipe
+    stage: str
+    device: torch.device
+    directory: Path
+    rank: int = 0
+    ranks: int = 1
+    documents: list[Document] = field(default_factory=list)
+    model: Decoder | None = None
+    teacher: Decoder | None = None
+    draft: Decoder | None = None
+    calibration: np.ndarray | None = None
+    stream: np.ndarray | None = None
+    build_model: Callable[[list[str]], Decoder] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    _owners: dict[str, str] = field(default_factory=dict)
+
+    def part(self, name: str) -> Any:
+        """The current value of a part; a KeyError is a programming mistake."""
+        return self.parts[name]
+
+    def replace(self, name: str, value: Any, *, by: Technique) -> None:
+        """Take a part over. Raises Conflict when another technique owns it."""
+        owner = self._owners.get(name)
+        if owner is not None:
+            raise Conflict(f"{by.name} and {owner} both replace '{name}': choose one of them")
+        self._owners[name] = by.name
+        self.parts[name] = value
+
+    def wrap(self, name: str, wrapper: Callable[[Any], Any], *, by: Technique) -> None:
+        """Put a layer round a part: part = wrapper(part)."""
+        self.parts[name] = wrapper(self.parts[name])
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a JSON value for the record's details."""
+        self.details[key] = value

@@ -1,0 +1,166 @@
+"""The worker: one process a rank, born for one run. `python -m dyno.worker DIRECTORY`, started by the runner.
+
+Progress goes to stdout a line at a time; the result is written whole to result.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from dyno.errors import RunFailure, UserError
+from dyno.processes import die_with_parent
+from dyno.record import write_json
+
+
+def main(directory: Path) -> int:
+    request = json.loads((directory / "request.json").read_text())
+    rank, ranks = int(os.environ.get("RANK", "0")), request["ranks"]
+    try:
+        result = execute(request, directory, rank, ranks)
+    except MemoryError as error:
+        result = {"status": "out_of_memory", "reason": f"the machine's memory ran out: {error}"}
+    except RunFailure as failure:
+        result = {"status": failure.status, "reason": str(failure)}
+    except UserError as error:
+        result = {"status": "unsupported", "reason": str(error)}
+    except Exception as error:  # noqa: BLE001  whatever ends a run becomes a typed record
+        traceback.print_exc()
+        result = classify(error)
+    name = "result.json" if rank == 0 else f"result-rank{rank}.json"
+    if rank == 0 or result["status"] != "ok":
+        write_json(directory / name, result)
+    return 0
+
+
+def classify(error: Exception) -> dict[str, Any]:
+    """An exception as a typed failure with one line of reason."""
+    import torch
+
+    line = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return {"status": "out_of_memory", "reason": f"at a step: {line}"}
+    return {"status": "crashed", "reason": f"{type(error).__name__}: {line}"}
+
+
+def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Run the recipe's measured stage with every meter on; the result as plain data."""
+    import numpy as np
+    import torch
+
+    from dyno.measure.environment import environment, machine_id
+    from dyno.measure.window import Meter
+    from dyno.pipeline import Pipeline
+    from dyno.recipe import Recipe, digest
+    from dyno.record import Metric, to_json
+    from dyno.stages import bench
+
+    recipe = Recipe.from_json(request["recipe"])
+    config = recipe.config
+    device = (
+        torch.device("cuda", rank if ranks > 1 else request["index"])
+        if request["device"] == "cuda"
+        else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(config["seed"])
+    if ranks > 1:
+        store = torch.distributed.FileStore(str(directory / "rendezvous"), ranks)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+
+    def progress(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    progress(f"worker: {torch.__version__} on {device}")
+    with Meter(device, config["measure"], config["hardware"], directory) as meter:
+        pipeline = Pipeline(recipe, device, directory, meter=meter, rank=rank, ranks=ranks, progress=progress)
+        stage = STAGES[config["workload"]["measures"]]
+        metrics, weights = stage(pipeline)
+        if bench.FIRST_STEP:
+            metrics["startup_s"] = Metric(
+                bench.FIRST_STEP[0] - request["born"],
+                "s",
+                source="time from the start of the worker to its first measured step",
+            )
+        figures = per_rank(rank, ranks, metrics, device)
+        data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
+        result = {
+            "status": "ok",
+            "reason": None,
+            "metrics": to_json(metrics),
+            "details": pipeline.details,
+            "windows": {window.name: window.summary() for window in meter.windows},
+            "environment": environment() | {"ceilings": meter.ceilings()},
+            "validity": meter.validity(),
+            "artifacts": pipeline.artifacts,
+            "ranks": figures,
+        }
+        foreign = [f["detail"] for f in result["validity"]["flags"] if f["code"] == "contaminated"]
+        if foreign:
+            result |= {"status": "contaminated", "reason": foreign[0]}
+        result["fingerprint"] = {
+            "machine": machine_id(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else result["environment"]["cpu"],
+            "data": data,
+            "weights": weights,
+            "workload": digest(config["workload"])[:16],
+            "torch": torch.__version__,
+        }
+        if rank == 0:
+            arrays = {f"{w.name}.{name}": array for w in meter.windows for name, array in w.samples().items()}
+            np.savez_compressed(directory / "samples.npz", **arrays)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def per_rank(rank: int, ranks: int, metrics: dict[str, Any], device: Any) -> list[dict[str, Any]]:
+    """Figures of every rank, gathered so that rank 0 can write them."""
+    names = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "process_memory_bytes", "energy_j")
+    mine = {"rank": rank, "device": str(device), **{n: metrics[n].value for n in names if n in metrics}}
+    if ranks == 1:
+        return []
+    import torch
+
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _train(pipeline: Any) -> Any:
+    from dyno.stages import train
+
+    return train.measure(pipeline)
+
+
+def _infer(pipeline: Any) -> Any:
+    from dyno.stages import infer
+
+    return infer.measure(pipeline)
+
+
+def _data(pipeline: Any) -> Any:
+    from dyno.stages import data
+
+    _, manifest, key = pipeline.data()
+    return data.metrics(manifest), key
+
+
+def _kernel(pipeline: Any) -> Any:
+    from dyno.stages import kernel
+
+    return kernel.measure(pipeline)
+
+
+STAGES = {"train": _train, "infer": _infer, "data": _data, "kernel": _kernel}
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Techniques of the axis attention: how softmax(QK')V is computed."""

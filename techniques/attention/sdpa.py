@@ -1,0 +1,46 @@
+"""PyTorch's scaled_dot_product_attention, its backend chosen by PyTorch or forced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Run, Shape, Technique
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
+
+
+@dataclass
+class SDPA(Technique):
+    """PyTorch's fused attention: flash (FlashAttention-2), cudnn, efficient (xFormers), math (unfused), or its choice.
+
+    Papers: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682. On Hopper "auto" has meant flash in
+    some versions and cudnn in others: force a backend to compare. `efficient` copies grouped key heads first.
+    """
+
+    backend: str = "auto"
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if self.backend not in BACKENDS:
+            return f"attention.backend is {self.backend}; it takes {', '.join(BACKENDS)}"
+        if device.kind != "cuda" and self.backend in ("cudnn", "efficient"):
+            return f"the {self.backend} backend of SDPA is a CUDA kernel; on a CPU there are flash and math"
+        if device.kind == "cuda" and self.backend in ("flash", "cudnn"):
+            if device.capability and device.capability < (8, 0):
+                return f"SDPA's {self.backend} needs compute capability 8.0, {device.name} has {device.capability}"
+            if recipe.option("precision") in ("fp32", "tf32"):
+                return f"SDPA's {self.backend} takes 16-bit inputs on a GPU; add precision=bf16"
+        return None
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(attention_matrix=self.backend == "math")
+
+    def apply(self, run: Run) -> None:
+        from dyno.kernels.attention import sdpa
+
+        run.replace("attention", partial(sdpa, backend=self.backend), by=self)

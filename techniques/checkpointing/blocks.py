@@ -1,0 +1,91 @@
+"""Activation checkpointing over transformer blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dyno.technique import Footprint, Run, Shape, Technique
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+
+@dataclass
+class Uniform(Technique):
+    """Keep the inputs of every N-th block and recompute the blocks between them during the backward pass.
+
+    Paper: Chen et al. 2016, arXiv:1604.06174. Segments of N blocks; every=1 recomputes each block from its own input.
+    """
+
+    every: int = 1
+
+    def segment(self, layers: int) -> int:
+        return self.every
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if self.every < 1:
+            return f"checkpointing.every is {self.every}; it takes 1 or more blocks"
+        if recipe.config["workload"]["measures"] in ("infer", "kernel"):
+            return "checkpointing trades memory of a backward pass; this workload measures no training"
+        return None
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        """Kept: one boundary a segment and the inside of one segment at a time."""
+        segment = min(self.segment(shape.layers), shape.layers)
+        inside = segment / shape.layers
+        boundaries = math.ceil(shape.layers / segment) / shape.layers * boundary_share(shape)
+        return Footprint(activation_factor=min(1.0, inside + boundaries), flops_factor=4 / 3)
+
+    def apply(self, run: Run) -> None:
+        from torch.utils.checkpoint import checkpoint
+
+        assert run.model is not None
+        blocks = list(run.model.blocks)
+        segment = max(1, min(self.segment(len(blocks)), len(blocks)))
+        position = {id(block): i for i, block in enumerate(blocks)}
+
+        def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
+            def call_block(block: Any, x: Any, *rest: Any) -> Any:
+                index = position[id(block)]
+                if not x.requires_grad and not run.model.training:  # type: ignore[union-attr]
+                    return call(block, x, *rest)
+                if index % segment:
+                    return x  # ran inside the segment that started before it
+
+                def run_segment(x: Any) -> Any:
+                    for member in blocks[index : index + segment]:
+                        x = call(member, x, *rest)
+                    return x
+
+                return checkpoint(run_segment, x, use_reentrant=False)
+
+            return call_block
+
+        run.wrap("call_block", wrapper, by=self)
+        run.note("checkpointed_segment_blocks", segment)
+
+
+@dataclass
+class Sqrt(Uniform):
+    """Segments of about sqrt(L) blocks: memory of O(sqrt(L)) for one more forward pass.
+
+    Paper: Chen et al. 2016, arXiv:1604.06174.
+    """
+
+    every: int = 0
+
+    def segment(self, layers: int) -> int:
+        return max(1, round(math.sqrt(layers)))
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        self_check = Uniform(1)
+        return self_check.unsupported(recipe, device)
+
+
+def boundary_share(shape: Shape) -> float:
+    """A block's input over everything that the block keeps for its backward pass."""
+    return shape.hidden / (14.0 * shape.hidden + 4.0 * shape.ffn)

@@ -1,0 +1,45 @@
+"""Graph compilation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Run, Technique
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+
+@dataclass
+class TorchCompile(Technique):
+    """TorchDynamo captures the model, Inductor fuses and generates kernels; the first steps pay for it.
+
+    Paper: Ansel et al. 2024, PyTorch 2, doi:10.1145/3620665.3640366. `per_block` compiles one block and reuses it.
+    """
+
+    per_block: bool = False
+    mode: str = "default"
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        import shutil
+
+        if device.kind == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
+            return "torch.compile on a CPU needs a C++ compiler (g++ or clang++) on the path"
+        if recipe.config["workload"]["measures"] == "infer":
+            decode = recipe.option("decoding")
+            if recipe.option("kv_cache") == "none":
+                return f"compile with kv_cache=none would recompile at every length of {decode} decoding"
+        return None
+
+    def apply(self, run: Run) -> None:
+        import torch
+
+        assert run.model is not None
+        mode = None if self.mode == "default" else self.mode
+        if self.per_block or run.stage == "infer":
+            for block in run.model.blocks:
+                block.compile(mode=mode, dynamic=run.stage == "infer" or None)
+            return
+        run.wrap("forward", lambda forward: torch.compile(forward, mode=mode), by=self)

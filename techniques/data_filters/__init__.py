@@ -1,0 +1,1 @@
+"""Which documents are kept. Filters apply in list order."""

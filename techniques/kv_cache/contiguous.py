@@ -1,0 +1,86 @@
+"""Keys and values of past tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Run, Shape, Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dyno.measure.environment import Device
+    from dyno.model.decoder import Decoder
+
+
+@dataclass
+class Contiguous(Technique):
+    """One preallocated tensor of keys and one of values a layer, filled from the left; rewinding is a number.
+
+    Source: Pope et al. 2022, arXiv:2211.05102 (section 2). Tensors (B, G, length, D) in the model's type.
+    """
+
+    def apply(self, run: Run) -> None:
+        run.replace("cache", ContiguousCache, by=self)
+
+
+@dataclass
+class Recompute(Technique):
+    """No cache: every pass recomputes the whole context. The baseline that a cache is compared with."""
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(kv_cache_factor=0.0)
+
+    def apply(self, run: Run) -> None:
+        run.replace("cache", NoCache, by=self)
+
+
+class ContiguousCache:
+    """Keys and values (B, G, length, D) a layer. `length` counts the tokens whose layers are all filled."""
+
+    keeps = True
+
+    def __init__(self, model: Decoder, batch: int, length: int):
+        import torch
+
+        c, like = model.config, model.norm.weight
+        shape = (c.layers, batch, c.kv_heads, length, c.head_dim)
+        dtype = like.dtype
+        if torch.is_autocast_enabled(like.device.type):
+            dtype = torch.get_autocast_dtype(like.device.type)
+        self.k = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        self.length = min(self.length, length)
+
+
+class NoCache:
+    """Stands in where nothing is kept: its length stays 0, so callers feed the whole context."""
+
+    keeps = False
+    length = 0
+
+    def __init__(self, model: Decoder, batch: int, length: int):
+        pass
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def advance(self, tokens: int) -> None:
+        pass
+
+    def rewind(self, length: int) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""The share of tokens that each source gets."""

@@ -1,0 +1,67 @@
+"""Number formats of weights and arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Run, Shape, Technique
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+
+@dataclass
+class TF32(Technique):
+    """32-bit weights, matrix products with 10-bit mantissas on tensor cores.
+
+    Source: NVIDIA A100 whitepaper (2020).
+    """
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if device.kind != "cuda":
+            return "tf32 is a mode of NVIDIA tensor cores; this run is on a CPU"
+        if device.capability and device.capability < (8, 0):
+            return f"tf32 needs compute capability 8.0, {device.name} has {device.capability}"
+        return None
+
+    def apply(self, run: Run) -> None:
+        import torch
+
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+
+
+@dataclass
+class Autocast(Technique):
+    """Mixed precision: fp32 master weights, matrix products in 16 bits; served with 16-bit weights.
+
+    Paper: Micikevicius et al. 2018, arXiv:1710.03740. fp16 trains with dynamic loss scaling, bf16 needs none.
+    """
+
+    dtype: str = "bfloat16"
+    loss_scaling: bool = False
+    initial_scale: float = 65536.0
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if self.dtype not in ("bfloat16", "float16"):
+            return f"precision.dtype is {self.dtype}; it takes bfloat16 or float16"
+        if device.kind == "cuda" and self.dtype == "bfloat16" and device.capability and device.capability < (8, 0):
+            return f"bf16 arithmetic needs compute capability 8.0, {device.name} has {device.capability}"
+        return None
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(weight_bytes=2.0, activation_width=2.0)
+
+    def apply(self, run: Run) -> None:
+        import torch
+
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float16
+        kind = run.device.type
+        if run.stage == "infer":
+            run.replace("weights_dtype", dtype, by=self)
+            return
+        run.replace("autocast", lambda: torch.autocast(kind, dtype=dtype), by=self)
+        if self.loss_scaling:
+            run.replace("scaler", torch.amp.GradScaler(kind, init_scale=self.initial_scale), by=self)

@@ -1,0 +1,1 @@
+"""Techniques of the axis pruning: weights or channels removed."""

@@ -1,0 +1,1 @@
+"""Techniques of the axis quantization: fewer bits a weight."""

@@ -1,0 +1,177 @@
+"""The Triton attention in the interpreter against the reference, and what its compiled form contains."""
+
+import math
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+
+import pytest
+import torch
+
+from dyno.errors import UserError
+from dyno.kernels import attention as op
+from dyno.kernels import operation, operations, triton_missing
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(triton_missing("cpu") is not None, reason="the interpreter is off")
+
+
+def problem(batch, heads, kv_heads, queries, keys, dim, dtype=torch.float32, seed=0):
+    shape = op.AttentionShape(batch, heads, kv_heads, queries, keys, dim)
+    made = op.inputs(shape, "cpu", dtype, seed)
+    return made["q"], made["k"], made["v"]
+
+
+def naive(q, k, v, causal):
+    """One query at a time, in fp64."""
+    out = torch.zeros_like(q, dtype=torch.float64)
+    shift = k.shape[2] - q.shape[2]
+    for b, h, i in [(b, h, i) for b in range(q.shape[0]) for h in range(q.shape[1]) for i in range(q.shape[2])]:
+        g = h // (q.shape[1] // k.shape[1])
+        seen = i + shift + 1 if causal else k.shape[2]
+        if seen > 0:
+            scores = k[b, g, :seen].double() @ q[b, h, i].double() / math.sqrt(q.shape[3])
+            out[b, h, i] = torch.softmax(scores, 0) @ v[b, g, :seen].double()
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries,keys", [(5, 5), (1, 7), (3, 7), (7, 3)])
+def test_reference_is_attention(queries, keys, causal):
+    q, k, v = problem(2, 6, 2, queries, keys, 16)
+    torch.testing.assert_close(
+        op.reference(q, k, v, causal=causal).double(), naive(q, k, v, causal), atol=1e-6, rtol=1e-5
+    )
+
+
+CASES = [
+    (5, 3, 3, 123, 123, 64, True),
+    (1, 9, 3, 123, 123, 64, True),
+    (2, 2, 1, 40, 123, 80, True),
+    (1, 2, 2, 123, 40, 64, True),  # the first 83 queries see nothing
+    (2, 4, 2, 33, 70, 128, False),
+    (2, 9, 3, 1, 123, 64, True),
+    (1, 2, 2, 1, 1, 16, True),
+    (1, 2, 1, 17, 17, 20, True),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_matches_reference(case):
+    from dyno.kernels._flash import Tiles
+
+    q, k, v = problem(*case[:-1])
+    out = op.triton_attention(q, k, v, causal=case[-1], tiles=Tiles(32, 32, 4, 1))
+    torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_default_tiles(dtype):
+    q, k, v = problem(1, 4, 2, 150, 150, 64, dtype)
+    torch.testing.assert_close(op.triton_attention(q, k, v), op.reference(q, k, v), **op.tolerance(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_split_keys_are_merged(queries, splits):
+    from dyno.kernels._flash import Tiles
+
+    q, k, v = problem(2, 4, 2, queries, 150, 64)
+    out = op.triton_attention(q, k, v, splits=splits, tiles=Tiles(16, 16, 4, 1))
+    torch.testing.assert_close(out, op.reference(q, k, v), **op.tolerance(torch.float32))
+
+
+@interpreted
+def test_strided_inputs_as_a_model_makes_them():
+    q = torch.randn(2, 20, 4, 64).transpose(1, 2)
+    k, v = (torch.randn(2, 20, 2, 64).transpose(1, 2) for _ in range(2))
+    torch.testing.assert_close(op.triton_attention(q, k, v), op.reference(q, k, v), **op.tolerance(torch.float32))
+
+
+@interpreted
+def test_large_scores_do_not_overflow():
+    q, k, v = problem(1, 2, 2, 20, 20, 64)
+    out = op.triton_attention(q * 100, k * 100, v)
+    torch.testing.assert_close(out, op.reference(q * 100, k * 100, v), atol=1e-4, rtol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("queries,keys,causal", [(40, 40, True), (7, 40, True), (40, 7, True), (9, 30, False)])
+def test_gradients(queries, keys, causal, monkeypatch):
+    from dyno.kernels import _flash
+
+    monkeypatch.setattr(_flash, "BACKWARD_ROWS", 16)
+    grads = []
+    for fn in (op.reference, op.triton_attention):
+        tensors = [x.requires_grad_() for x in problem(2, 4, 2, queries, keys, 32)]
+        (fn(*tensors, causal=causal) * torch.linspace(-1, 1, 32)).sum().backward()
+        grads.append([x.grad for x in tensors])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@interpreted
+def test_user_mistakes_are_one_line():
+    q, k, v = problem(1, 4, 2, 3, 3, 64)
+    with pytest.raises(UserError, match="multiple of Hkv"):
+        op.triton_attention(q[:, :3], k, v)
+    with pytest.raises(UserError, match="up to 128"):
+        op.triton_attention(*problem(1, 1, 1, 2, 2, 130))
+    with pytest.raises(UserError, match="one type"):
+        op.triton_attention(q.half(), k, v)
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash", "math"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sdpa_matches_reference(case, backend):
+    q, k, v = problem(*case[:-1])
+    out = op.sdpa(q, k, v, causal=case[-1], backend=backend)
+    torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(torch.float32))
+
+
+def test_every_operation_has_the_same_surface():
+    assert "attention" in operations()
+    for name in operations():
+        module = operation(name)
+        for shape in module.cases("cpu"):
+            arguments = module.inputs(shape, "cpu", torch.float32, 1)
+            expected = module.reference(**arguments)
+            assert module.flops(shape) > 0 and module.bytes(shape) > 0 and shape.name
+            for run in module.implementations("cpu").values():
+                torch.testing.assert_close(run(**arguments), expected, **module.tolerance(torch.float32))
+
+
+def test_flops_count_visible_pairs():
+    assert op.flops(op.AttentionShape(1, 1, 1, 4, 4, 1)) == 4 * 10
+    assert op.flops(op.AttentionShape(1, 1, 1, 1, 9, 1)) == 4 * 9
+    assert op.flops(op.AttentionShape(1, 1, 1, 2, 3, 1)) == 4 * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [*CASES, (1, 8, 2, 1000, 1000, 128, True), (2, 8, 2, 1, 5000, 128, True)], ids=str)
+def test_on_gpu(case, dtype):
+    q, k, v = (x.cuda() for x in problem(*case[:-1], dtype))
+    out = op.triton_attention(q, k, v, causal=case[-1])
+    torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "flash", "cudnn", "efficient", "math"])
+@pytest.mark.parametrize("case", [(2, 9, 3, 123, 123, 64), (2, 9, 3, 1, 123, 64), (1, 4, 2, 40, 123, 128)], ids=str)
+def test_sdpa_backends_on_gpu(case, backend, dtype):
+    q, k, v = (x.cuda() for x in problem(*case, dtype))
+    torch.testing.assert_close(op.sdpa(q, k, v, backend=backend), op.reference(q, k, v), **op.tolerance(dtype))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """A cache of 2.1e9 elements a tensor: the last sequence must be read where it lies."""
+    k = torch.zeros(17, 1, 1_000_000, 128, dtype=torch.bfloat16, device="cuda")
+    k[-1, 0, -1] = 1.0
+    q = torch.full((17, 1, 1, 128), 4.0, dtype=torch.bfloat16, device="cuda")
+    assert op.triton_attention(q, k, k)[-1].float().mean().item() == pytest.approx(1.0, abs=1e-2)
