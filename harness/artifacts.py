@@ -103,7 +103,7 @@ class Store:
     def manifest(self, path: Path) -> dict[str, Any]:
         return json.loads((path / MANIFEST).read_text())
 
-    def list(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
         """Every artifact: stage, key, bytes, last use (seconds since the epoch); newest use first."""
         rows = []
         for path in self.root.glob("*/*"):
@@ -124,7 +124,7 @@ class Store:
     def prune(self, older_than_s: float = 0.0) -> list[dict[str, Any]]:
         """Delete artifacts unused for so long, and what a killed writer left an hour ago or more."""
         now, gone = time.time(), []
-        for row in self.list():
+        for row in self.entries():
             limit = older_than_s if row["whole"] else max(older_than_s, 3600.0)
             if now - row["used_s"] >= limit:
                 shutil.rmtree(self.root / row["stage"] / row["key"], ignore_errors=True)

@@ -13,11 +13,24 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
+EXAMPLES = {
+    "run": """  dyno run model=nano precision=bf16
+  dyno run workload=generate quantization=int8 decoding=speculative""",
+    "sweep": """  dyno sweep quantization=none,int8,int4 attention=math,sdpa workload=generate
+  dyno sweep 'workload.batch=8,16,32'""",
+    "tune": """  dyno tune study=quickstart
+  dyno tune study=quickstart model=160m study.trials=24
+  dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'""",
+    "plan": """  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform
+  dyno plan model=1b hardware=h100""",
+}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dyno",
         description="A dynamometer for LLM optimisation: compose a recipe, run it, compare, tune, report.",
-        epilog="overrides are Hydra's: axis=option, axis.knob=value. `dyno list` shows all of them; `dyno VERB --help` has examples.",
+        epilog="overrides are Hydra's: axis=option, axis.knob=value; `dyno list` shows them, `dyno VERB --help` examples.",
     )
     top.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
@@ -38,15 +51,13 @@ def parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    verb("run", "run one recipe; the last line on stdout is its record as JSON",
-         "  dyno run model=nano precision=bf16\n  dyno run workload=generate quantization=int8 decoding=speculative", True)  # fmt: skip
-    verb("sweep", "run every combination of a sweep",
-         "  dyno sweep quantization=none,int8,int4 attention=math,sdpa workload=generate\n  dyno sweep 'workload.batch=8,16,32'", True)  # fmt: skip
-    tune = verb("tune", "search recipes with Optuna; a killed study resumes with the same command",
-                "  dyno tune study=quickstart\n  dyno tune study=quickstart model=160m study.trials=24\n  dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'", True)  # fmt: skip
+    verb("run", "run one recipe; the last line on stdout is its record as JSON", EXAMPLES["run"], True)
+    verb("sweep", "run every combination of a sweep", EXAMPLES["sweep"], True)
+    tune = verb(
+        "tune", "search recipes with Optuna; a killed study resumes with the same command", EXAMPLES["tune"], True
+    )
     tune.add_argument("--report", metavar="FILE", help="write an HTML report of the study's runs at the end")
-    verb("plan", "predict what a recipe needs, and why it cannot run, without running it",
-         "  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform\n  dyno plan model=1b hardware=h100", True)  # fmt: skip
+    verb("plan", "predict what a recipe needs, and why it cannot run, without running it", EXAMPLES["plan"], True)
     table = verb(
         "table",
         "records as a table",
@@ -187,7 +198,10 @@ def tune(arguments: argparse.Namespace) -> int:
     if arguments.report:
         from dyno import report
 
-        report.write_study(summary, arguments.report)
+        report.write(
+            summary["results_dir"], arguments.report, title=summary["name"],
+            constraints=summary["constraints"], objectives=[tuple(o) for o in summary["objectives"]],
+        )  # fmt: skip
         print(f"report: {arguments.report}", file=sys.stderr)
     print(json.dumps(summary, default=str))
     return OK
@@ -270,7 +284,7 @@ def cache(arguments: argparse.Namespace) -> int:
         runner.clean_leftovers(arguments.directory)
         print(f"removed {len(gone)} artifacts, {show.si(sum(r['bytes'] for r in gone), 'B')}")
     else:
-        show.artifacts(store.list())
+        show.artifacts(store.entries())
     return OK
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dyno.errors import UserError
 from dyno.report.rows import BINDING, Cell, Row, explanation, metric_unit, rows
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    Source = pd.DataFrame | dict[str, Any] | list[dict[str, Any]] | str | Path
+    Source: TypeAlias = pd.DataFrame | dict[str, Any] | list[dict[str, Any]] | str | Path
 
 _WORDS = {  # (better, worse); sizes and amounts have no better, only less and more
     "speed": ("faster", "slower"),
@@ -249,7 +249,12 @@ def _pair(one: list[Row], other: list[Row]) -> Pair:
     a, b = one[0], other[0]
     both = {name: (a.choices.get(name, ""), b.choices.get(name, "")) for name in {**a.choices, **b.choices}}
     both |= {name: (a.knobs.get(name, ""), b.knobs.get(name, "")) for name in {**a.knobs, **b.knobs}}
-    differs = {name: values for name, values in both.items() if values[0] != values[1]}
+    # Where the option itself differs its knobs differ with it: naming the option is enough.
+    differs = {
+        n: v
+        for n, v in both.items()
+        if v[0] != v[1] and ("." not in n or len(set(both.get(n.partition(".")[0], ()))) < 2)
+    }
     ok_a, ok_b = [row for row in one if row.ok], [row for row in other if row.ok]
     if not ok_a or not ok_b:
         told = [

@@ -1,4 +1,4 @@
-"""data -> train -> compress: artifacts in, techniques applied, artifacts out, each stage from the cache when it can be."""
+"""data -> train -> compress: artifacts in, techniques applied, artifacts out, from the cache where it has them."""
 
 from __future__ import annotations
 

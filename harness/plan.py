@@ -68,10 +68,14 @@ class Plan:
 
 
 def shape_of(recipe: Recipe) -> Shape | None:
-    """The model's and workload's sizes; None where only the checkpoint knows them."""
+    """The model's and workload's sizes; None where no model runs."""
     node, workload = recipe.config["model"], recipe.config["workload"]
-    if "layers" not in node or workload["measures"] in ("data", "kernel"):
+    if workload["measures"] in ("data", "kernel"):
         return None
+    if node["source"] != "config":
+        from dyno.model.loaders import describe  # headers only, no weights
+
+        node = {**node, **describe(node)}
     vocab = node["vocab_size"] or recipe.config["tokenizer"].get("vocab_size") or 257
     width, kv = node["heads"] * node["head_dim"], node["kv_heads"] * node["head_dim"]
     block = node["hidden"] * (2 * width + 2 * kv) + 3 * node["hidden"] * node["ffn_width"]
@@ -143,7 +147,7 @@ def training(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:
     weights = WEIGHT * shape.parameters * state
     gradients = WEIGHT * shape.parameters * state * product(prints, "gradient_factor")
     optimizer = 2 * WEIGHT * shape.parameters * state
-    # What eager blocks keep, measured on Llama-shaped blocks in 16 bits: (28 h + 8 f) bytes a token (14 h + 4 f numbers).
+    # What eager Llama-shaped blocks keep, in 16 bits: (28 h + 8 f) bytes a token, so 14 h + 4 f numbers.
     block = (14 * shape.hidden + 4 * shape.ffn) * width * tokens
     if any(f.attention_matrix for f in prints):
         block += 2 * WEIGHT * shape.heads * shape.seq * tokens
@@ -164,7 +168,7 @@ def training(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:
 
 
 def serving(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:
-    """Weights, the unmodified model beside them while quality is compared, KV cache, and logits of the validation text."""
+    """Weights, the unmodified model beside them while quality is compared, KV cache, logits."""
     stored = chosen(prints, "weight_bytes", WEIGHT)
     blocks = shape.linear_parameters - shape.vocab * shape.hidden
     dense = shape.parameters - blocks

@@ -6,6 +6,7 @@ even a child that left the process group is found and killed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -19,15 +20,17 @@ from pathlib import Path
 from typing import IO
 
 RUN_ID = "DYNO_RUN_ID"
+RUNNER = "DYNO_RUNNER_PID"
 PR_SET_PDEATHSIG = 1
 PROGRESS_BYTES = 65536
 
 
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends (Linux prctl); does nothing elsewhere."""
+    # The runner tells its pid: getppid() alone cannot show that it ended while this interpreter started.
+    parent = int(os.environ.pop(RUNNER, os.getppid()))
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the request was in place
         os._exit(1)
@@ -35,9 +38,13 @@ def die_with_parent() -> None:
 
 @dataclass
 class Outcome:
-    """How a group of processes ended: return codes by rank, and whether the time limit struck."""
+    """How a group of processes ended: return codes by rank, the rank that failed first, and whether the limit struck.
+
+    A rank that was killed because another one failed has a code too, so only `first` tells who began.
+    """
 
     codes: list[int | None] = field(default_factory=list)
+    first: int | None = None
     timed_out: bool = False
 
 
@@ -56,7 +63,7 @@ def run_group(
     deadline = time.monotonic() + time_limit_s
     processes: list[subprocess.Popen[bytes]] = []
     outcome = Outcome()
-    with log.open("ab") as sink:
+    with log.open("ab", buffering=0) as sink:
         try:
             for rank, (command, extra) in enumerate(zip(commands, environments, strict=True)):
                 processes.append(
@@ -65,11 +72,11 @@ def run_group(
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.PIPE if rank == 0 else sink,
                         stderr=sink,
-                        env={**os.environ, **extra, RUN_ID: run_id},
+                        env={**os.environ, **extra, RUN_ID: run_id, RUNNER: str(os.getpid())},
                         start_new_session=True,
                     )
                 )
-            outcome.timed_out = _wait(processes, deadline, progress, sink)
+            outcome.timed_out, outcome.first = _wait(processes, deadline, progress, sink)
         finally:
             for process in processes:
                 _kill_group(process.pid)
@@ -84,8 +91,8 @@ def run_group(
 
 def _wait(
     processes: list[subprocess.Popen[bytes]], deadline: float, progress: Callable[[str], None], sink: IO[bytes]
-) -> bool:
-    """Sleep until the processes end or one of them fails; True when the deadline came first."""
+) -> tuple[bool, int | None]:
+    """Sleep until the processes end or one of them fails: (whether the deadline came first, the rank that failed)."""
     pipe = processes[0].stdout
     assert pipe is not None
     os.set_blocking(pipe.fileno(), False)
@@ -95,12 +102,13 @@ def _wait(
         handle = os.pidfd_open(process.pid)
         handles[handle] = process
         poller.register(handle, select.POLLIN)
-    rest, failed = b"", False
+    rest = b""
+    failed: int | None = None
     try:
-        while handles and not failed:
+        while handles and failed is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                return True
+                return True, None
             for handle, event in poller.poll(min(left, 3600.0) * 1000):
                 if handle == pipe.fileno():
                     rest = _relay(pipe, rest, progress, sink)
@@ -110,8 +118,9 @@ def _wait(
                 process = handles.pop(handle)
                 poller.unregister(handle)
                 os.close(handle)
-                failed = process.wait() != 0
-        return False
+                if process.wait() != 0 and failed is None:
+                    failed = processes.index(process)
+        return False, failed
     finally:
         for handle in handles:
             os.close(handle)
@@ -123,17 +132,15 @@ def _relay(pipe: IO[bytes], rest: bytes, progress: Callable[[str], None], sink: 
     data = pipe.read(PROGRESS_BYTES) or b""
     *lines, rest = (rest + data).split(b"\n")
     for line in lines:
-        sink.write(line + b"\n")
+        with contextlib.suppress(OSError):  # a full disk costs the log, not the record
+            sink.write(line + b"\n")
         progress(line.decode(errors="replace"))
-    sink.flush()
     return rest[-PROGRESS_BYTES:]
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def members(run_id: str) -> list[int]:

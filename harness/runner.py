@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyno import processes, record
-from dyno.errors import STATUSES
+from dyno.errors import STATUSES, UserError
 from dyno.recipe import Recipe
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
+    from dyno.plan import Plan
 
+WORKER = [sys.executable, "-m", "dyno.worker"]  # and the run's directory
 RESULT = "result.json"
 REQUEST = "request.json"
 LOG_TAIL_LINES = 15
@@ -58,20 +60,35 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, 
     from dyno.plan import predict
 
     runs = record.runs_dir(recipe.config["results_dir"])
+    device = detect(recipe.config["hardware"])
+    plan = predict(recipe, device)
+    verdict = plan.verdict() if gate else None
+    # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
+    with contextlib.nullcontext() if verdict else exclusive(device, progress):
+        return run_aside(recipe, device, plan, verdict, runs, progress)
+
+
+def run_aside(
+    recipe: Recipe,
+    device: Device,
+    plan: Plan,
+    verdict: tuple[str, str] | None,
+    runs: Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Work in a hidden directory beside the runs, then publish it; a run that is broken off leaves none."""
     run_id = record.new_id(recipe.hash)
     aside = runs / f".running-{run_id}"
     aside.mkdir()
     started, created = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        device = detect(recipe.config["hardware"])
-        plan = predict(recipe, device)
-        verdict = plan.verdict() if gate else None
         if verdict:
             result: dict[str, Any] = {"status": verdict[0], "reason": verdict[1]}
-            (aside / "log.txt").write_text(f"refused before the run: {verdict[1]}\n")
         else:
-            with exclusive(device, progress):
+            try:
                 result = work(recipe, device, run_id, aside, progress)
+            except OSError as error:  # no memory for a process, no space for its request
+                result = {"status": "crashed", "reason": f"the worker could not be started: {error}"}
         for name in (REQUEST, RESULT):
             (aside / name).unlink(missing_ok=True)
         out = {
@@ -104,13 +121,15 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, 
 
 
 def publish(aside: Path, out: dict[str, Any], runs: Path) -> Path:
-    """Publish; on a full disk first give up the bulky samples and log, the record matters more."""
+    """Publish; on a full disk first give up whatever else lies there, the record matters more."""
     try:
         return record.publish(aside, out, runs)
     except OSError:
-        for bulky in ("samples.npz", "log.txt"):
-            (aside / bulky).unlink(missing_ok=True)
+        record.empty(aside)
+    try:
         return record.publish(aside, out, runs)
+    except OSError as error:
+        raise UserError(f"no record can be written under {runs}: {error}") from error
 
 
 def write_resolved(aside: Path, recipe: Recipe) -> None:
@@ -147,7 +166,7 @@ def work(recipe: Recipe, device: Device, run_id: str, aside: Path, progress: Cal
         }
         for rank in range(ranks)
     ]
-    commands = [[sys.executable, "-m", "dyno.worker", str(aside)]] * ranks
+    commands = [[*WORKER, str(aside)]] * ranks
     limit = float(recipe.config["measure"]["time_limit_s"])
     outcome = processes.run_group(commands, environments, run_id, aside / "log.txt", limit, progress)
     return judge(aside, outcome, limit)
@@ -155,22 +174,25 @@ def work(recipe: Recipe, device: Device, run_id: str, aside: Path, progress: Cal
 
 def judge(aside: Path, outcome: processes.Outcome, limit_s: float) -> dict[str, Any]:
     """The result that the worker wrote, or the typed failure that its end amounts to."""
+    results = [read_result(aside / RESULT)]
+    results += [read_result(path) for path in sorted(aside.glob("result-rank*.json"))]
+    failures = [r for r in results if r and r["status"] != "ok"]
+    # A rank that knows why it failed outranks the others, whose collectives broke or hung because of it.
+    typed = [r for r in failures if r["status"] != "crashed"]
+    if typed:
+        return typed[0]
     if outcome.timed_out:
         return {
             "status": "timeout",
             "reason": f"not finished after measure.time_limit_s={limit_s:g} s; the worker was killed",
         }
-    results = [read_result(aside / RESULT)]
-    results += [read_result(path) for path in sorted(aside.glob("result-rank*.json"))]
-    failures = [r for r in results if r and r["status"] != "ok"]
-    if failures:
+    first = outcome.first
+    killed = first is not None and (outcome.codes[first] or 0) < 0
+    if failures and not killed:
         return failures[0]
-    dead = {rank: code for rank, code in enumerate(outcome.codes) if code}
-    signalled = [rank for rank, code in dead.items() if code and code != -signal.SIGKILL]
-    if dead:
-        # The others were killed because one rank ended: name the one that ended by itself.
-        rank = signalled[0] if signalled else next(iter(dead))
-        return {"status": "crashed", "reason": f"{describe(dead[rank], rank, len(outcome.codes))}{tail(aside)}"}
+    if first is not None:
+        who = describe(outcome.codes[first], first, len(outcome.codes))
+        return {"status": "crashed", "reason": f"{who}{tail(aside)}"}
     if results[0] is None:
         return {"status": "crashed", "reason": f"the worker ended with code 0 and left no result{tail(aside)}"}
     return results[0]
@@ -179,8 +201,8 @@ def judge(aside: Path, outcome: processes.Outcome, limit_s: float) -> dict[str, 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A worker's result, or None where there is none or half of one."""
     try:
-        result = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        result = record.decode(path.read_bytes())
+    except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("status") in STATUSES else None
 
@@ -205,8 +227,7 @@ def tail(aside: Path) -> str:
 
 
 def clean_leftovers(results_dir: str | Path) -> int:
-    """Remove run directories whose runner was killed; returns how many. A live run's directory is younger than an hour
-    or still has processes."""
+    """Remove run directories whose runner was killed; returns how many. A live run has processes, or is just starting."""
     removed = 0
     for aside in record.runs_dir(results_dir).glob(".running-*"):
         run_id = aside.name.removeprefix(".running-")

@@ -126,8 +126,14 @@ def frame_text(frame: pd.DataFrame, form: str, all_columns: bool = False) -> str
 def _telling(frame: pd.DataFrame) -> list[str]:
     """id, status, axes and knobs that differ, main metrics that any row has, and the reason where a row failed."""
     columns = ["id", "status"]
-    choices = [c for c in frame if str(c).split(".")[0] in (*BY_NAME, "model", "workload")]
-    columns += [c for c in choices if frame[c].nunique(dropna=False) > 1]
+    for group in (*BY_NAME, "model", "workload"):
+        if group not in frame:
+            continue
+        if frame[group].nunique(dropna=False) > 1:
+            columns.append(group)
+        # A knob that the option already tells says nothing more.
+        knobs = [c for c in frame if str(c).startswith(f"{group}.")]
+        columns += [c for c in knobs if frame.groupby(group, dropna=False)[c].nunique().max() > 1]
     columns += [c for c in MAIN if c in frame and frame[c].notna().any()]
     return columns + (["reason"] if frame["reason"].notna().any() else [])
 

@@ -91,7 +91,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
             )
         figures = per_rank(rank, ranks, metrics, device)
         data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
-        result = {
+        result: dict[str, Any] = {
             "status": "ok",
             "reason": None,
             "metrics": to_json(metrics),
@@ -115,7 +115,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
         }
         if rank == 0:
             arrays = {f"{w.name}.{name}": array for w in meter.windows for name, array in w.samples().items()}
-            np.savez_compressed(directory / "samples.npz", **arrays)
+            np.savez_compressed(directory / "samples.npz", **arrays)  # type: ignore[arg-type]
     if ranks > 1:
         torch.distributed.destroy_process_group()
     return result

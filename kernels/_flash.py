@@ -29,6 +29,7 @@ from dyno.kernels import triton_missing
 LOG2_E = 1.4426950408889634
 MAX_DIM = 128
 BACKWARD_ROWS = 512
+INTERPRETED = knobs.runtime.interpret  # decided when the kernels below are decorated
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Tiles:
 def choose_tiles(dim: int, dtype: torch.dtype, queries: int) -> Tiles:
     """Tiles for Hopper by head width, type and number of queries; measured on an H100, not autotuned at run time."""
     if dtype == torch.float32:  # exact fp32 products run on CUDA cores: small tiles, or registers spill
-        return Tiles(16, 32, 4, 1) if queries <= 16 else Tiles(32, 32, 4, 1)
+        return Tiles(16, 16, 4, 1) if queries <= 16 else Tiles(32, 16, 4, 1)
     if queries <= 16:
         return Tiles(16, 64, 4, 3)
-    if queries <= 64:
+    if queries <= 64 or dim <= 64:
         return Tiles(64, 64, 4, 3)
-    return Tiles(128, 128, 8, 3) if dim <= 64 else Tiles(128, 128, 8, 2)
+    return Tiles(128, 64, 8, 3)
 
 
 @triton.jit
@@ -154,14 +155,34 @@ def _forward(
     tl.store(Lse + out_rows, lse, mask=rows < queries)
 
 
+@triton.jit
+def _merge(Parts, PartLse, Out, Lse, rows, splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Parts (splits, rows, D) and PartLse (splits, rows) -> Out (rows, D) and Lse (rows,); a program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    dims = tl.arange(0, BLOCK_D)
+    lse = tl.load(PartLse + split * rows + row, mask=split < splits, other=float("-inf"))
+    peak = tl.max(lse, 0)
+    weights = tl.exp(lse - tl.where(peak == float("-inf"), 0.0, peak))  # all empty: zeros, not NaN
+    total = tl.sum(weights, 0)
+    mask = (split < splits)[:, None] & (dims < DIM)[None, :]
+    parts = tl.load(Parts + (split[:, None] * rows + row) * DIM + dims[None, :], mask=mask, other=0.0)
+    out = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(Out + row * DIM + dims, out.to(Out.dtype.element_ty), mask=dims < DIM)
+    tl.store(Lse + row, tl.where(total == 0.0, float("-inf"), peak + tl.log(tl.where(total == 0.0, 1.0, total))))
+
+
 @lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def choose_splits(programs: int, queries: int, keys: int, processors: int) -> int:
-    """Into how many parts the keys are cut: enough to fill the processors twice, at least 256 keys each."""
-    if queries > 16:
+    """Into how many parts the keys are cut: enough to fill the processors twice, at least 256 keys each.
+
+    A merge costs a launch, so a grid that nearly fills the processors is left whole.
+    """
+    if queries > 16 or 4 * programs > 3 * processors:
         return 1
     return max(1, min(2 * processors // programs, keys // 256))
 
@@ -192,14 +213,18 @@ def _launch(
         DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         CAUSAL=causal and queries > 1,
         # The interpreter computes bf16 products wrongly without a word; fp32 products are TF32 unless asked otherwise.
-        UPCAST=knobs.runtime.interpret and q.dtype != torch.float32, PRECISION="ieee",
+        UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
-    merged = lse.logsumexp(0)
-    share = torch.where(merged == float("-inf"), 0.0, torch.exp(lse - merged))
-    return (out * share.unsqueeze(-1)).sum(0).to(q.dtype), merged
+    merged = torch.empty(out.shape[1:], dtype=q.dtype, device=q.device)
+    merged_lse = torch.empty(lse.shape[1:], dtype=torch.float32, device=q.device)
+    _merge[(merged_lse.numel(),)](
+        out, lse, merged, merged_lse, merged_lse.numel(), splits,
+        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    return merged, merged_lse
 
 
 def _backward(
@@ -262,4 +287,6 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float,
         raise UserError(f"triton_attention takes one type of fp32, fp16, bf16; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not scale > 0:
         raise UserError(f"triton_attention takes a positive scale, got {scale}")
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _launch(q, k, v, causal, scale, launch.get("tiles"), launch.get("splits"))[0]
     return _Flash.apply(q, k, v, causal, scale, launch)

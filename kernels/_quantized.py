@@ -22,7 +22,8 @@ from dyno.errors import UserError
 from dyno.kernels import triton_missing
 from dyno.kernels.quantized_linear import NIBBLE_BLOCK, PackedWeight
 
-GEMV_ROWS = 4
+GEMV_ROWS = 1
+INTERPRETED = knobs.runtime.interpret  # decided when the kernels below are decorated
 
 
 @triton.jit
@@ -47,38 +48,45 @@ def _gemv(
             group = (first + spans) // SPANS_A_GROUP
             meta = n.to(tl.int64)[:, None] * groups + group[None, :]
             meta_mask = n_mask[:, None] & (group < groups)[None, :]
-            scale = tl.load(Scales + meta, mask=meta_mask, other=0.0).to(tl.float32)
-            if SYMMETRIC:
-                zero = tl.full([BLOCK_N, SPANS], 2 ** (BITS - 1), dtype=tl.float32)
-            else:
-                zero = tl.load(Zeros + meta, mask=meta_mask, other=0).to(tl.float32)
+            scale, zero = _grid_of(Scales, Zeros, meta, meta_mask, BITS, SYMMETRIC)
+            # A code in the mantissa of 2^23 is a float without a conversion; the subtraction is exact.
+            shift = (zero + 8388608.0)[:, :, None]
             if BITS == 4:
                 k = byte // half * (2 * half) + byte % half
                 low = tl.load(X + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
                 high = tl.load(X + row * inputs + k + half, mask=k + half < inputs, other=0.0).to(tl.float32)
-                part = ((code & 15).to(tl.float32) - zero[:, :, None]) * low[None, :, :]
-                part += ((code >> 4).to(tl.float32) - zero[:, :, None]) * high[None, :, :]
+                part = (((code & 15) | 0x4B000000).to(tl.float32, bitcast=True) - shift) * low[None, :, :]
+                part += (((code >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - shift) * high[None, :, :]
             else:
                 x = tl.load(X + row * inputs + byte, mask=byte < inputs, other=0.0).to(tl.float32)
-                part = (code.to(tl.float32) - zero[:, :, None]) * x[None, :, :]
+                part = ((code | 0x4B000000).to(tl.float32, bitcast=True) - shift) * x[None, :, :]
             acc += tl.sum(part, axis=2) * scale
         tl.store(Out + row * outputs + n, tl.sum(acc, axis=1).to(Out.dtype.element_ty), mask=n_mask)
 
 
 @triton.jit
-def _values(code, Scales, Zeros, n, n_mask, k, groups, group_size, BITS: tl.constexpr, UNIFORM: tl.constexpr,
-            SYMMETRIC: tl.constexpr):  # fmt: skip
-    """Codes (BLOCK_N, BLOCK_K) -> weights in fp32; UNIFORM when all of k lies in one group."""
-    if UNIFORM:
-        meta = (n.to(tl.int64) * groups + tl.min(k) // group_size)[:, None]
+def _centred(code, zero, TYPE: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constexpr):
+    """code - zero in TYPE, exactly: the difference is an integer of at most 8 bits.
+
+    MAGIC puts the code into the mantissa of 1024 (fp16) or 128 (bf16, 4 bits only) instead of converting it.
+    """
+    if MAGIC and tl.float16 == TYPE:
+        return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
+    elif MAGIC and tl.bfloat16 == TYPE and BITS == 4:
+        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
     else:
-        meta = n.to(tl.int64)[:, None] * groups + tl.minimum(k // group_size, groups - 1)[None, :]
-    scale = tl.load(Scales + meta, mask=n_mask[:, None], other=0.0).to(tl.float32)
+        return (code.to(tl.float32) - zero).to(TYPE)
+
+
+@triton.jit
+def _grid_of(Scales, Zeros, meta, mask, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Scale and zero in fp32 at the offsets `meta`."""
+    scale = tl.load(Scales + meta, mask=mask, other=0.0).to(tl.float32)
     if SYMMETRIC:
-        return (code.to(tl.float32) - 2 ** (BITS - 1)) * scale
+        zero = tl.zeros_like(scale) + 2 ** (BITS - 1)
     else:
-        zero = tl.load(Zeros + meta, mask=n_mask[:, None], other=0).to(tl.float32)
-        return (code.to(tl.float32) - zero) * scale
+        zero = tl.load(Zeros + meta, mask=mask, other=0).to(tl.float32)
+    return scale, zero
 
 
 @triton.jit
@@ -98,30 +106,74 @@ def _gemm(
     w_rows = Packed + n.to(tl.int64)[:, None] * row_bytes
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     begin = tl.program_id(2) * split_bytes
+    type: tl.constexpr = tl.float32 if UPCAST else X.dtype.element_ty
+    per_byte: tl.constexpr = 8 // BITS
     for start in range(begin, tl.minimum(row_bytes, begin + split_bytes), BLOCK_B):
         byte = start + within
-        code = tl.load(w_rows + byte[None, :], mask=n_mask[:, None] & (byte < row_bytes)[None, :], other=0).to(tl.int32)
+        code = tl.load(w_rows + byte[None, :], mask=n_mask[:, None] & (byte < row_bytes)[None, :], other=0)
+        k = byte
         if BITS == 4:
             k = byte // half * (2 * half) + byte % half
-            low = tl.load(x_rows + k[:, None], mask=m_mask[None, :] & (k < inputs)[:, None], other=0.0)
-            high = tl.load(x_rows + (k + half)[:, None], mask=m_mask[None, :] & (k + half < inputs)[:, None], other=0.0)
-            w_low = _values(code & 15, Scales, Zeros, n, n_mask, k, groups, group_size, BITS, UNIFORM, SYMMETRIC)
-            w_high = _values(
-                code >> 4, Scales, Zeros, n, n_mask, k + half, groups, group_size, BITS, UNIFORM, SYMMETRIC
-            )
-            if UPCAST:
-                low = low.to(tl.float32)
-                high = high.to(tl.float32)
-            acc = tl.dot(w_low.to(low.dtype), low, acc, input_precision="ieee")
-            acc = tl.dot(w_high.to(high.dtype), high, acc, input_precision="ieee")
+        x = tl.load(x_rows + k[:, None], mask=m_mask[None, :] & (k < inputs)[:, None], other=0.0).to(type)
+        low = code
+        if BITS == 4:
+            high_mask = m_mask[None, :] & (k + half < inputs)[:, None]
+            x_high = tl.load(x_rows + (k + half)[:, None], mask=high_mask, other=0.0).to(type)
+            low = code & 15
+            high = code >> 4
+        if UNIFORM:  # one group a step: its scale multiplies the small product and not the weights
+            meta = n.to(tl.int64) * groups + start * per_byte // group_size
+            scale, zero = _grid_of(Scales, Zeros, meta, n_mask, BITS, SYMMETRIC)
+            part = tl.dot(_centred(low, zero[:, None], type, BITS, not UPCAST), x, input_precision="ieee")
+            if BITS == 4:
+                w = _centred(high, zero[:, None], type, BITS, not UPCAST)
+                part = tl.dot(w, x_high, part, input_precision="ieee")
+            acc += part * scale[:, None]
         else:
-            x = tl.load(x_rows + byte[:, None], mask=m_mask[None, :] & (byte < inputs)[:, None], other=0.0)
-            if UPCAST:
-                x = x.to(tl.float32)
-            w = _values(code, Scales, Zeros, n, n_mask, byte, groups, group_size, BITS, UNIFORM, SYMMETRIC)
-            acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+            rows_meta = n.to(tl.int64)[:, None] * groups
+            meta = rows_meta + tl.minimum(k // group_size, groups - 1)[None, :]
+            scale, zero = _grid_of(Scales, Zeros, meta, n_mask[:, None], BITS, SYMMETRIC)
+            acc = tl.dot(((low.to(tl.float32) - zero) * scale).to(type), x, acc, input_precision="ieee")
+            if BITS == 4:
+                meta = rows_meta + tl.minimum((k + half) // group_size, groups - 1)[None, :]
+                scale, zero = _grid_of(Scales, Zeros, meta, n_mask[:, None], BITS, SYMMETRIC)
+                acc = tl.dot(((high.to(tl.float32) - zero) * scale).to(type), x_high, acc, input_precision="ieee")
     out = Out + (tl.program_id(2).to(tl.int64) * rows + m[None, :]) * outputs + n[:, None]
     tl.store(out, acc.to(Out.dtype.element_ty), mask=n_mask[:, None] & m_mask[None, :])
+
+
+@triton.jit
+def _dense(
+    Packed, Scales, Zeros, Out, inputs, row_bytes, groups, group_size,
+    BITS: tl.constexpr, BLOCK_B: tl.constexpr, SYMMETRIC: tl.constexpr,
+):  # fmt: skip
+    """Out (N, K): the dequantised weight; the grid is (N, byte tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    code = tl.load(Packed + row * row_bytes + byte, mask=byte < row_bytes, other=0)
+    half: tl.constexpr = 32
+    for part in tl.static_range(8 // BITS):
+        k = byte
+        value = code
+        if BITS == 4:
+            k = byte // half * (2 * half) + byte % half + part * half
+            value = (code >> (4 * part)) & 15
+        mask = k < inputs
+        scale, zero = _grid_of(Scales, Zeros, row * groups + k // group_size, mask, BITS, SYMMETRIC)
+        tl.store(Out + row * inputs + k, ((value.to(tl.float32) - zero) * scale).to(Out.dtype.element_ty), mask=mask)
+
+
+def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """`dequantize` in one pass on a GPU."""
+    rows, row_bytes = weight.packed.shape
+    out = torch.empty(rows, weight.in_features, dtype=dtype, device=weight.packed.device)
+    block = min(1024, triton.next_power_of_2(row_bytes))
+    _dense[(rows, triton.cdiv(row_bytes, block))](
+        weight.packed, weight.scales, weight.zeros if weight.zeros is not None else weight.packed, out,
+        weight.in_features, row_bytes, weight.scales.shape[1], weight.group_size,
+        BITS=weight.bits, BLOCK_B=block, SYMMETRIC=weight.zeros is None,
+    )  # fmt: skip
+    return out
 
 
 def _span(weight: PackedWeight) -> int:
@@ -145,14 +197,14 @@ class Tiles:
     splits: int | None = None
 
 
-def gemv_tiles(outputs: int) -> Tiles:
+def gemv_tiles() -> Tiles:
     """Measured on an H100."""
-    return Tiles(8 if outputs >= 4096 else 4, 512, 4)
+    return Tiles(4, 1024, 4)
 
 
-def gemm_tiles(bits: int, dtype: torch.dtype) -> Tiles:
+def gemm_tiles(dtype: torch.dtype) -> Tiles:
     """Measured on an H100; exact fp32 products run on CUDA cores and want small tiles."""
-    return Tiles(32, 32, 4) if dtype == torch.float32 else Tiles(64, 32 if bits == 4 else 64, 4)
+    return Tiles(32, 32, 4) if dtype == torch.float32 else Tiles(64, 64, 4)
 
 
 def multiply(x: Tensor, weight: PackedWeight, tiles: Tiles | None = None) -> Tensor:
@@ -164,8 +216,8 @@ def multiply(x: Tensor, weight: PackedWeight, tiles: Tiles | None = None) -> Ten
         raise UserError(f"triton_linear takes fp32, fp16 or bf16 activations, got {x.dtype}")
     span = _span(weight)
     if x.shape[0] <= GEMV_ROWS and span:
-        return _few_rows(x.contiguous(), weight, span, tiles or gemv_tiles(weight.out_features))
-    return _many_rows(x.contiguous(), weight, tiles or gemm_tiles(weight.bits, x.dtype))
+        return _few_rows(x.contiguous(), weight, span, tiles or gemv_tiles())
+    return _many_rows(x.contiguous(), weight, tiles or gemm_tiles(x.dtype))
 
 
 def _few_rows(x: Tensor, weight: PackedWeight, span: int, tiles: Tiles) -> Tensor:
@@ -198,7 +250,7 @@ def _many_rows(x: Tensor, weight: PackedWeight, tiles: Tiles) -> Tensor:
         rows, outputs, weight.in_features, row_bytes, groups, weight.group_size, split_bytes,
         BITS=weight.bits, BLOCK_M=block_m, BLOCK_N=tiles.outputs, BLOCK_B=tiles.step_bytes,
         UNIFORM=groups == 1 or weight.group_size % (tiles.step_bytes * 8 // weight.bits) == 0,
-        SYMMETRIC=weight.zeros is None, UPCAST=knobs.runtime.interpret and x.dtype != torch.float32,
+        SYMMETRIC=weight.zeros is None, UPCAST=INTERPRETED and x.dtype != torch.float32,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)

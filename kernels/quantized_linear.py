@@ -130,6 +130,17 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     return values.view(codes.shape[0], -1)[:, : weight.in_features].to(dtype)
 
 
+def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """`dequantize`, in one pass over memory where Triton runs on a GPU."""
+    from dyno.kernels import triton_missing
+
+    if weight.packed.device.type != "cuda" or triton_missing("cuda"):
+        return dequantize(weight, dtype)
+    from dyno.kernels._quantized import dense as fused
+
+    return fused(weight, dtype)
+
+
 def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, **_: Any) -> Tensor:
     """The specification: x (..., K) -> (..., N) with the dequantised weight in fp32, rounded once to x's type."""
     with torch.autocast(x.device.type, enabled=False):
@@ -139,7 +150,7 @@ def reference(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, **_: 
 
 def dequantized_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, **_: Any) -> Tensor:
     """Dequantise to x's type, then multiply: best for many rows, and differentiable in x."""
-    return F.linear(x, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def triton_linear(

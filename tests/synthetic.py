@@ -54,7 +54,13 @@ def record(
     **choices: Any,
 ) -> dict[str, Any]:
     """One record. Figures follow from the choices by fixed factors, times exp(`noise`)."""
-    chosen: dict[str, Any] = {axis.name: [] if axis.many else axis.baseline for axis in AXES} | choices
+    chosen: dict[str, Any] = {axis.name: [] if axis.many else axis.baseline for axis in AXES}
+    chosen |= {
+        "model": "160m" if gpu else "nano",
+        "workload": "train",
+        "hardware": "auto",
+        "measure": "default",
+    } | choices
     speed = memory = loss = 1.0
     for axis, options in HOUSE.items():
         factors = options.get(chosen[axis], (1.0, 1.0, 1.0))
@@ -64,9 +70,9 @@ def record(
     digest = recipe_hash(chosen | {"knobs": knobs})
     host = machine or ("gpu-box" if gpu else "laptop")
     config: dict[str, Any] = {axis: {"_target_": f"dyno.techniques.{axis}.X"} for axis in chosen}
+    config |= {"model": {"name": chosen["model"], "layers": 4}, "workload": {"measures": "train", "batch": 16}}
     for knob, value in (knobs or {}).items():
         config.setdefault(knob.partition(".")[0], {})[knob.partition(".")[2]] = value
-    config |= {"model": {"name": "160m" if gpu else "nano"}, "workload": {"name": "train"}}
     metrics = {
         "tokens_per_s": metric(rate, "tokens/s", 0.012),
         "step_time_s": metric(16_384 / rate, "s", 0.012, source="device_events" if gpu else "perf_counter"),
@@ -104,7 +110,7 @@ def record(
         "created": f"2026-09-01T12:{index // 60 % 60:02d}:{index % 60:02d}Z",
         "duration_s": 40.0 + index,
         "recipe_hash": digest,
-        "overrides": [f"model={config['model']['name']}", *(f"{k}={v}" for k, v in choices.items())]
+        "overrides": [f"model={chosen['model']}", *(f"{k}={v}" for k, v in choices.items())]
         + [f"{k}={v}" for k, v in (knobs or {}).items()],
         "choices": chosen,
         "config": config,

@@ -2,10 +2,12 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+
 
 from dyno.errors import UserError
 from dyno.kernels import quantized_linear as op
@@ -95,7 +97,17 @@ def test_triton_matches_reference(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(rows, dtype):
     made = op.inputs(op.LinearShape(rows, 40, 576, 4, 128, False), "cpu", dtype, 0)
-    torch.testing.assert_close(op.triton_linear(**made), op.reference(**made), **op.tolerance(dtype))
+    for run in (op.triton_linear, op.dequantized_linear):
+        torch.testing.assert_close(run(**made), op.reference(**made), **op.tolerance(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("bits,group,symmetric", GRIDS)
+def test_one_pass_dequantize(bits, group, symmetric):
+    from dyno.kernels._quantized import dense
+
+    packed = op.quantize(torch.randn(5, 203), bits, group, symmetric)
+    assert torch.equal(dense(packed, torch.float32), op.dequantize(packed))
 
 
 @interpreted
@@ -120,4 +132,5 @@ def test_gradient_reaches_the_activations():
 @pytest.mark.parametrize("case", [*MATRICES, (1, 8192, 8192, 4, 128, False), (64, 4096, 14336, 4, 128, False)], ids=str)
 def test_on_gpu(case, dtype):
     made = op.inputs(op.LinearShape(*case), "cuda", dtype, 0)
-    torch.testing.assert_close(op.triton_linear(**made), op.reference(**made), **op.tolerance(dtype))
+    for run in (op.triton_linear, op.dequantized_linear):
+        torch.testing.assert_close(run(**made), op.reference(**made), **op.tolerance(dtype))

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -168,12 +167,3 @@ def _lines(path: str) -> list[str]:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def software_id() -> str:
-    """A short name for the software that timings depend on: Python and torch, without importing torch."""
-    try:
-        torch_version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        torch_version = "none"
-    return f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch_version}"

@@ -157,7 +157,7 @@ def _host_busy_s() -> float:
 
 
 def _group_cpu_s() -> float:
-    """Processor seconds of this process group's living members: the ranks of a run and their helpers."""
+    """Processor seconds of this process group's living members: the ranks of a run and what they started."""
     group, ticks = os.getpgrp(), 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():

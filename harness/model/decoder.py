@@ -177,6 +177,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.attend: Attend = plain_attention
         self.call_block: Callable[..., Tensor] = call_plainly
+        self.inverse_frequency: Tensor
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
     def initialise(self, seed: int) -> Decoder:
@@ -195,6 +196,8 @@ class Decoder(nn.Module):
         """tokens (B, S) -> final normed states (B, S, E)."""
         start = cache.length if cache is not None else 0
         x = self.embed(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream in the compute type, as large runs keep it
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inverse_frequency.float())
         angles = torch.cat((angles, angles), dim=-1)

@@ -74,7 +74,7 @@ def intervals() -> Spec:
 
 
 def parallel() -> Spec:
-    """A line a row through its choices and its figures. Datasets: lines (i, dim, pos, score), ticks (dim, pos, text)."""
+    """A line a row through choices and figures. Datasets: poles, lines (i, dim, pos, score), ticks (dim, pos, text)."""
     x = {
         "field": "dim",
         "type": "nominal",

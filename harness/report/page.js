@@ -29,14 +29,15 @@ function quantity(value, unit, significant = 4) {
   if (value === null || value === undefined) return '';
   if (unit === 'USD') return '$' + digits(value, significant);
   const [factor, letter] = prefix(value, unit);
-  return digits(value / factor, significant) + (unit ? ' ' + letter + unit : '');
+  const shown = unit === 'parameters' ? letter : letter + (unit || '');
+  return digits(value / factor, significant) + (shown ? ' ' + shown : '');
 }
 // One prefix and one number of decimals a column or an axis, so that figures line up and compare by eye.
 function scaleOf(metric) {
   const values = metric.value.filter((v) => v !== null && v !== 0).map(Math.abs).sort((a, b) => a - b);
   const middle = values[values.length >> 1] || 0, [factor, letter] = prefix(middle, metric.unit);
   const decimals = middle ? Math.min(Math.max(3 - Math.floor(Math.log10(middle / factor)), 0), 6) : 0;
-  return {factor, decimals, unit: metric.unit ? letter + metric.unit : ''};
+  return {factor, decimals, unit: metric.unit === 'parameters' ? letter : metric.unit ? letter + metric.unit : ''};
 }
 function aligned(value, scale) {
   const shown = value / scale.factor, size = Math.abs(shown);
@@ -86,8 +87,8 @@ function paint() {
   for (const draw of drawers) draw();
 }
 document.getElementById('theme').addEventListener('click', () => {
-  const order = [null, isDark() ? 'light' : 'dark', isDark() ? 'dark' : 'light'];
-  chosen = order[chosen === null ? 1 : chosen === (system.matches ? 'light' : 'dark') ? 2 : 0];
+  const [other, same] = system.matches ? ['light', 'dark'] : ['dark', 'light'];
+  chosen = chosen === null ? other : chosen === other ? same : null;
   try { if (chosen) localStorage.setItem('dyno-theme', chosen); else localStorage.removeItem('dyno-theme'); } catch { /* not kept */ }
   paint();
 });

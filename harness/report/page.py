@@ -21,6 +21,7 @@ from dyno.report import sections
 from dyno.report.payload import embed, payload
 from dyno.report.rows import rows
 from dyno.report.summary import Objective, Summary, summarise
+from dyno.report.trust import environment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,14 +70,15 @@ def page(summary: Summary, title: str) -> str:
     scripts = [_bundle(), "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();"]
     # Scripts by hash only; no origin at all for anything else, so that nothing can be fetched or sent.
     allowed = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    others = "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; script-src {allowed}; {others}"
     body = [
         sections.header(summary, title),
         "<main>",
         sections.banners(summary),
         sections.best(summary),
         *(sections.PLACES.values() if summary.rows else ()),
-        sections.environment(summary),
+        environment(summary),
         "</main>",
     ]
     return "\n".join(
@@ -105,7 +107,7 @@ def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, from the wheel of vl-convert: no network."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle(vl_version="6.4")
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version="6.4")
     assert "</script" not in bundle.lower()
     return bundle
 

@@ -82,7 +82,7 @@ def rows(frame: pd.DataFrame | None, records: Iterable[dict[str, Any]] | None) -
     """Every run of a table, the records' details joined by id.
 
     Args:
-        frame: a table as `dyno.record.table` makes it; decides which rows there are and their order. None: the records'.
+        frame: a table as `dyno.record.table` makes it; says which rows there are and their order; None: the records'.
         records: record dicts; a row without one keeps what its columns say (a table read back from CSV).
     """
     known = {str(record.get("id")): record for record in records or ()}
@@ -231,13 +231,18 @@ def fingerprint_parts(all_rows: list[Row]) -> dict[str, dict[str, int]]:
     return out
 
 
-def explanation(row: Row, part: str) -> tuple[tuple[str, str], ...]:
+def explanation(row: Row, part: str, study: bool = False) -> tuple[tuple[str, str], ...]:
     """The choices and knobs of a row that decide this part of its fingerprint.
+
+    Within a `study` the workload's own knobs (the batch, say) are searched over like an axis; between two strangers
+    another workload is other work.
 
     Two rows that differ here may differ in the part: filtered data are other data because a filter was chosen. Two rows
     that agree here and differ in the part have silently read something else.
     """
     stages = _EXPLAINED_BY.get(part, ())
+    if part == "workload" and study:
+        return tuple(sorted((k, v) for k, v in row.knobs.items() if k.startswith("workload.")))
     chosen = {k: v for k, v in axes_of(row).items() if k not in BY_NAME or BY_NAME[k].stage in stages}
     knobs = {k: v for k, v in row.knobs.items() if k.partition(".")[0] in chosen}
     return tuple(sorted((chosen | knobs).items())) if stages else ()
@@ -250,11 +255,16 @@ def unexplained(all_rows: list[Row]) -> dict[str, list[str]]:
         seen: dict[tuple[tuple[str, str], ...], set[str]] = {}
         for row in all_rows:
             if part in row.fingerprint:
-                seen.setdefault(explanation(row, part), set()).add(row.fingerprint[part])
+                seen.setdefault(explanation(row, part, study=True), set()).add(row.fingerprint[part])
         values = set().union(*(v for v in seen.values() if len(v) > 1))
         if values:
             out[part] = sorted(values)
     return out
+
+
+def comparable(a: Row, b: Row) -> bool:
+    """Whether a ratio of two rows of one table means something: no unexplained difference of their fingerprints."""
+    return not unexplained([a, b])
 
 
 def default_objectives(all_rows: list[Row]) -> list[tuple[str, str]]:

@@ -70,6 +70,7 @@ function columnsOf() {
     {key: 'status', title: 'Status', order: (i) => D.status[i], cell: (i) => el('td', {class: 'wrap'}, el('span', {class: `chip ${D.status[i] === 'ok' ? 'ok' : ''}`}, D.status[i].replaceAll('_', ' ')), ...chipsOf(i))},
     ...Object.keys(D.axes).map((name) => words('axis ' + name, name, D.axes[name])),
     ...Object.keys(D.knobs).slice(0, 8).map((name) => words('knob ' + name, name, D.knobs[name])),
+    ...(table.columns.length ? [] : [{key: 'reason', title: 'Reason', order: (i) => D.reason[i], cell: (i) => el('td', {class: 'why wide'}, D.reason[i])}]),
     ...table.columns.map((name) => {
       const m = METRIC.get(name), scale = scaleOf(m);
       return {key: 'metric ' + name, title: name, unit: scale.unit, numeric: true, order: (i) => m.value[i], cell: (i) => figureOf(m, scale, i)};

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from dyno.errors import UserError
-from dyno.report.rows import Cell, Row, axes_of, baseline_option, default_objectives, metric_names, varied
+from dyno.report.rows import (
+    Cell,
+    Row,
+    axes_of,
+    baseline_option,
+    comparable,
+    default_objectives,
+    metric_names,
+    varied,
+)
 
 Objective = tuple[str, str]
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -20,8 +29,10 @@ _CONSTRAINT = re.compile(
 _SUFFIX = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 1e-3, "s": 1.0}
 _SUFFIX |= {"us": 1e-6, "k": 1e3, "M": 1e6, "G": 1e9, "J": 1.0, "mJ": 1e-3, "W": 1.0}
 # Two-sided 95% points of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T95 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Summary:
         return [c for c in self.constraints if c.holds(row) is False]
 
     def unknown(self, row: Row) -> list[Constraint]:
-        """Constraints with a bound that this row has no figure for. One without a bound binds nobody; the page says so."""
+        """Constraints with a bound that this row has no figure for; one without a bound binds nobody."""
         return [c for c in self.constraints if c.bound is not None and c.holds(row) is None]
 
     def counts(self) -> dict[str, int]:
@@ -151,8 +162,8 @@ def front(rows: list[Row], objectives: list[Objective]) -> list[Row]:
 
 
 def gain(row: Row, baseline: Row | None, metric: str) -> tuple[float, float | None, float | None] | None:
-    """The ratio of a metric over the baseline's with its 95% interval, None where it cannot be formed."""
-    if baseline is None:
+    """The ratio of a metric over the baseline's with its 95% interval; None where it would mean nothing."""
+    if baseline is None or not comparable(row, baseline):
         return None
     return cell_ratio(baseline.metrics.get(metric), row.metrics.get(metric) if row.ok else None)
 
@@ -243,13 +254,13 @@ def _baseline(rows: list[Row], baseline_id: str | None) -> Row | None:
     names = varied(rows)
     if "model" in names or "workload" in names:
         return None  # each has a baseline of its own: the caller has to say which
-    plain = [
-        row
-        for row in rows
-        if axes_of(row)
-        and all(row.choices.get(n, baseline_option(n)) == baseline_option(n) for n in names if n in axes_of(row))
-    ]
+    searched = [name for name in names if name in _axes(rows)]
+    plain = [row for row in rows if axes_of(row) and _plain(row, searched or list(axes_of(row)))]
     return next((row for row in plain if row.ok), plain[0] if plain else None)
+
+
+def _plain(row: Row, axes: list[str]) -> bool:
+    return all(row.choices.get(axis, baseline_option(axis)) == baseline_option(axis) for axis in axes)
 
 
 def _best(summary: Summary, most: int) -> list[Row]:

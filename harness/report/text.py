@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dyno.report.rows import Row, fingerprint_parts, metric_unit, rows, short_name, unexplained, varied, varied_knobs
-from dyno.report.sections import best_columns
+from dyno.report.sections import best_columns, listed
 from dyno.report.summary import Objective, Summary, gain, summarise
 from dyno.report.units import quantity, ratio_text
 
@@ -52,13 +52,12 @@ def _best(summary: Summary, names: list[str], knobs: list[str]) -> list[str]:
         "| recipe | " + " | ".join(f"{_cell(m)}{arrow.get(goals.get(m, ''), '')}" for m in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
-    listed = [*summary.best, *([summary.baseline] if summary.baseline and summary.baseline not in summary.best else [])]
-    for row in listed:
+    for row in listed(summary):
         name = short_name(row, names, knobs)
         name += " (baseline)" if row is summary.baseline and name != "baseline" else ""
         lines.append(f"| {_cell(name)} | " + " | ".join(_figure(summary, row, m) for m in columns) + " |")
     over = "; ratios over the baseline with 95% intervals" if summary.baseline else "; no baseline row"
-    commands = "\n".join(row.command.replace("\n", " ") for row in listed)
+    commands = "\n".join(row.command.replace("\n", " ") for row in listed(summary))
     fence = "`" * max(3, _longest_run(commands) + 1)
     return [f"### Best rows{over}", "\n".join(lines), f"Repeat them:\n\n{fence}sh\n{commands}\n{fence}"]
 

@@ -106,7 +106,8 @@ def quantity(value: float | None, unit: str = "", significant: int = 4) -> str:
         return f"${digits(value, significant)}"
     factor, letter = prefix(value, unit)
     text = digits(value / factor, significant)
-    return f"{text} {letter}{unit}" if unit else text
+    shown = letter if unit == "parameters" else f"{letter}{unit}"
+    return f"{text} {shown}" if shown else text
 
 
 def ratio_text(ratio: float, low: float | None = None, high: float | None = None) -> str:

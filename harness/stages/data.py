@@ -11,6 +11,7 @@ import numpy as np
 
 from dyno import data
 from dyno.artifacts import acting, stage_key
+from dyno.data import packages
 from dyno.errors import UserError
 from dyno.record import Metric
 from dyno.technique import Run
@@ -18,15 +19,14 @@ from dyno.technique import Run
 if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
 
-CORPUS_PACKAGES = ("numpy", "pandas", "networkx", "sympy")
-
 
 def inputs(*nodes: dict[str, Any]) -> list[Any]:
     """What lies outside the configuration: versions of the embedded corpus's packages, and named files as they are."""
     found: list[Any] = []
     for node in nodes:
         if node["kind"] == "embedded":
-            found += [[name, metadata.version(name)] for name in CORPUS_PACKAGES]
+            installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+            found += [[name, installed.get(name.lower())] for name in (*packages.PACKAGES, *packages.LICENSED)]
         elif node.get("path"):
             root = Path(node["path"]).expanduser()
             files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
@@ -38,11 +38,21 @@ def key(pipeline: Pipeline) -> str:
     config = pipeline.recipe.config
     subject = {
         "corpus": config["corpus"],
-        "tokenizer": config["tokenizer"],
+        "tokenizer": tokenizer_node(config),
         "seed": config["seed"],
-        "inputs": inputs(config["corpus"], config["tokenizer"]),
+        "inputs": inputs(config["corpus"], tokenizer_node(config)),
     }
     return stage_key(pipeline.recipe, "data", "", subject, ["dyno.data", __name__])
+
+
+def tokenizer_node(config: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer to use: the recipe's, or the one that belongs to a model from outside."""
+    if config["model"]["source"] == "config":
+        return config["tokenizer"]
+    from dyno.model.loaders import tokenizer_of
+
+    path = tokenizer_of(config["model"])
+    return {"kind": "file", "path": str(path), "eos_token": None} if path else config["tokenizer"]
 
 
 def build(pipeline: Pipeline, directory: Path, run: Run) -> dict[str, Any]:
@@ -64,7 +74,8 @@ def build(pipeline: Pipeline, directory: Path, run: Run) -> dict[str, Any]:
     if not run.documents:
         raise UserError("the data filters removed every document; loosen one of them")
     started = time.perf_counter()
-    tokenizer = data.build_tokenizer(config["tokenizer"], run.documents)
+    # From the text before the filters: recipes that filter differently share one vocabulary, so losses compare.
+    tokenizer = data.build_tokenizer(tokenizer_node(config), train)
     stream = data.pack(run.documents, tokenizer, run.part("mixture"), None, config["seed"])
     held_out = data.pack(validation, tokenizer, None, None, config["seed"])
     token_s = time.perf_counter() - started
@@ -81,6 +92,7 @@ def build(pipeline: Pipeline, directory: Path, run: Run) -> dict[str, Any]:
         "load_s": loaded_s,
         "filter_s": filter_s,
         "tokenize_s": token_s,
+        "held_out_overlap": data.held_out_overlap(run.documents, validation),
         "details": run.details,
     }
 

@@ -162,7 +162,13 @@ def key(pipeline: Pipeline, data_key: str) -> str:
     config = pipeline.recipe.config
     workload = {k: config["workload"][k] for k in ("batch", "seq", "steps", "lr")}
     subject = {"model": config["model"], "workload": workload, "seed": config["seed"]}
-    return stage_key(pipeline.recipe, "train", data_key, subject, ["dyno.model.decoder", __name__])
+    modules = ["dyno.model.decoder", __name__]
+    if config["model"]["source"] != "config":
+        from dyno.model import loaders
+
+        subject["weights"] = loaders.weights_fingerprint(loaders.locate(config["model"]))
+        modules += ["dyno.model"]
+    return stage_key(pipeline.recipe, "train", data_key, subject, modules)
 
 
 def save(directory: Path, model: Decoder, state: dict[str, Tensor]) -> None:

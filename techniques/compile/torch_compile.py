@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dyno.technique import Run, Technique
+from dyno.technique import Footprint, Run, Shape, Technique
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -33,6 +33,10 @@ class TorchCompile(Technique):
                 return f"compile with kv_cache=none would recompile at every length of {decode} decoding"
         return None
 
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        """Fused elementwise chains keep fewer intermediates: about a quarter less."""
+        return Footprint(activation_factor=0.75)
+
     def apply(self, run: Run) -> None:
         import torch
 
@@ -42,4 +46,5 @@ class TorchCompile(Technique):
             for block in run.model.blocks:
                 block.compile(mode=mode, dynamic=run.stage == "infer" or None)
             return
-        run.wrap("forward", lambda forward: torch.compile(forward, mode=mode), by=self)
+        # The loss is compiled with the model in it: the softmax over the vocabulary fuses, evaluation stays eager.
+        run.wrap("loss", lambda loss: torch.compile(loss, mode=mode), by=self)

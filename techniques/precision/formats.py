@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyno.technique import Footprint, Run, Shape, Technique
 
 if TYPE_CHECKING:
+    import torch
+
     from dyno.measure.environment import Device
     from dyno.recipe import Recipe
+
+
+CPU_FLAGS = {"bfloat16": ("avx512_bf16", "amx_bf16"), "float16": ("avx512_fp16", "amx_fp16")}
 
 
 @dataclass
@@ -30,7 +37,6 @@ class TF32(Technique):
         import torch
 
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
 
 
 @dataclass
@@ -63,5 +69,29 @@ class Autocast(Technique):
             run.replace("weights_dtype", dtype, by=self)
             return
         run.replace("autocast", lambda: torch.autocast(kind, dtype=dtype), by=self)
+        if kind == "cpu" and not cpu_multiplies(self.dtype):
+            assert run.model is not None
+            round_products(run.model, dtype)
+            run.note("arithmetic", f"{self.dtype} values multiplied in fp32: this CPU has no instruction for it")
         if self.loss_scaling:
             run.replace("scaler", torch.amp.GradScaler(kind, init_scale=self.initial_scale), by=self)
+
+
+def cpu_multiplies(dtype: str) -> bool:
+    """Whether this CPU has instructions for products of a 16-bit type (else PyTorch takes ten times fp32's time)."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return any(flag in flags for flag in CPU_FLAGS[dtype])
+
+
+def round_products(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give every linear layer 16-bit inputs and outputs with fp32 products and sums, which is what tensor cores do."""
+    import torch
+
+    def forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            bias = None if layer.bias is None else layer.bias.float()
+            return torch.nn.functional.linear(x.to(dtype).float(), layer.weight.to(dtype).float(), bias).to(dtype)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]

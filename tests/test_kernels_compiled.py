@@ -1,0 +1,97 @@
+"""What the kernels compile to for an H100 (sm_90), which needs no GPU: tensor-core instructions and no spills."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def compiled(fn, pointers, constants, warps, stages):
+    """Compile one kernel for sm_90; pointers: name -> element type. Returns its use of the machine."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = fn.arg_names
+    kinds = {"scale_log2": "fp32"}
+    signature = {
+        n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else kinds.get(n, "i32") for n in names
+    }
+    aligned = [n for n in names if n in pointers or n.startswith("stride") or n in ("inputs", "row_bytes")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    made = triton.compile(
+        ASTSource(fn, signature, constants, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "registers": int(registers),
+        "stack_bytes": int(stack),
+        "shared_bytes": made.metadata.shared,
+        "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def attention(dim, queries, dtype="bfloat16"):
+    import torch
+
+    from dyno.kernels import _flash
+
+    tiles = _flash.choose_tiles(dim, getattr(torch, dtype), queries)
+    element = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    pointers = {**dict.fromkeys(("Q", "K", "V", "Out"), element), "Lse": "fp32"}
+    constants = {
+        "DIM": dim, "BLOCK_D": dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "CAUSAL": queries > 1,
+        "UPCAST": False, "PRECISION": "ieee",
+    }  # fmt: skip
+    return compiled(_flash._forward, pointers, constants, tiles.warps, tiles.stages)
+
+
+def linear(bits):
+    import torch
+
+    from dyno.kernels import _quantized
+
+    tiles = _quantized.gemm_tiles(torch.bfloat16)
+    pointers = {"X": "bf16", "Packed": "u8", "Scales": "fp16", "Zeros": "u8", "Out": "fp32"}
+    constants = {
+        "BITS": bits, "BLOCK_M": 16, "BLOCK_N": tiles.outputs, "BLOCK_B": tiles.step_bytes, "UNIFORM": True,
+        "SYMMETRIC": False, "UPCAST": False,
+    }  # fmt: skip
+    return compiled(_quantized._gemm, pointers, constants, tiles.warps, tiles.stages)
+
+
+def test_sm90_code():
+    # In a process of its own: this one may already have imported the kernels for the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, use in found.items():
+        assert use["stack_bytes"] == 0, (name, use)
+        assert use["shared_bytes"] <= 227 * 1024, (name, use)
+    assert all(found[name]["wgmma"] > 0 for name in ("prefill_d128", "prefill_d64", "int4")), found
+
+
+if __name__ == "__main__":
+    print(json.dumps({
+        "prefill_d128": attention(128, 4096),
+        "prefill_d64": attention(64, 4096),
+        "decode_d128": attention(128, 1),
+        "fp32_d64": attention(64, 4096, "float32"),
+        "int4": linear(4),
+        "int8": linear(8),
+    }))  # fmt: skip

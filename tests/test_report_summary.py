@@ -1,0 +1,131 @@
+"""Fronts, constraints, effects and figures as text, against answers known beforehand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import synthetic
+
+from dyno.report.rows import Cell, rows, short_name, unexplained, varied, varied_knobs
+from dyno.report.summary import cell_ratio, effects, front, gain, parse_constraint, summarise
+from dyno.report.units import digits, direction_of, quantity, ratio_text, unit_of
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (12_345.0, "tokens/s", "12.35 ktokens/s"),
+        (8.05e9, "B", "8.050 GB"),
+        (512, "B", "512.0 B"),
+        (0.0031, "s", "3.100 ms"),
+        (4200.0, "s", "4\u202f200 s"),
+        (3.2, "", "3.200"),
+        (0, "B", "0 B"),
+        (0.25, "USD", "$0.2500"),
+        (None, "s", ""),
+        (math.nan, "s", ""),
+        (1e-12, "s", "0.001000 ns"),
+    ],
+)
+def test_quantity(value: float | None, unit: str, text: str) -> None:
+    assert quantity(value, unit) == text
+
+
+def test_units_and_directions() -> None:
+    assert unit_of("peak_memory_bytes") == unit_of("peak_memory_bytes", "bytes") == "B"
+    assert unit_of("tokens_per_s", "token/s") == "tokens/s"
+    assert unit_of("perplexity", "1") == ""
+    assert direction_of("decode_tokens_per_s") == direction_of("mfu") == "maximize"
+    assert direction_of("energy_j_per_token") == direction_of("itl_p95_s") == "minimize"
+    assert ratio_text(1.0042, 0.998, 1.01) == "1.004× (0.998–1.010)"
+    assert digits(1234567.0) == "1\u202f234\u202f567"
+
+
+def test_constraints() -> None:
+    baseline = rows(None, [synthetic.record()])[0]
+    assert parse_constraint("peak_memory_bytes<=8 GiB", None).bound == 8 * 2**30
+    assert parse_constraint("peak_memory_bytes <= 8e9", None).bound == 8e9
+    bound = parse_constraint("tokens_per_s >= 0.5 * baseline", baseline)
+    assert bound.bound == pytest.approx(1700) and bound.holds(baseline) is True
+    assert parse_constraint("perplexity <= baseline", baseline).holds(baseline) is True
+    assert parse_constraint("perplexity < baseline", baseline).holds(baseline) is False
+    assert parse_constraint("perplexity <= baseline", None).reason == "there is no baseline row"
+    assert parse_constraint("mystery <= baseline", baseline).holds(baseline) is None
+
+
+def test_front_has_what_nothing_beats() -> None:
+    records = [synthetic.record(i) for i in range(5)]
+    for record, (speed, memory) in zip(records, [(1, 1), (2, 2), (2, 3), (3, 3), (0.5, 1)], strict=True):
+        record["metrics"] = {"s": synthetic.metric(speed, ""), "m": synthetic.metric(memory, "")}
+    every = rows(None, records)
+    assert {row.id for row in front(every, [("s", "maximize"), ("m", "minimize")])} == {every[i].id for i in (0, 1, 3)}
+    assert {row.id for row in front(every, [("s", "minimize"), ("m", "minimize")])} == {every[4].id}
+
+
+def test_best_rows_hold_the_constraints_and_the_baseline_is_found() -> None:
+    records = synthetic.study(36)
+    summary = summarise(rows(None, records), ["perplexity <= 1.02 * baseline"], [("tokens_per_s", "maximize")])
+    assert summary.baseline is not None and summary.baseline.id == records[0]["id"]
+    assert (
+        short_name(summary.best[0], varied(summary.rows), varied_knobs(summary.rows))
+        == "bf16 · sdpa · compile=on · int8"
+    )
+    assert all(row.choices["quantization"] != "int4" for row in summary.best)
+    assert sum(summary.counts().values()) == 36
+
+
+def test_two_models_have_no_common_baseline() -> None:
+    records = [synthetic.record(0), synthetic.record(1, gpu=True)]
+    assert summarise(rows(None, records)).baseline is None
+    assert summarise(rows(None, records), baseline_id=records[1]["id"]).baseline is not None
+
+
+def test_effects_recover_the_factors_that_were_put_in() -> None:
+    found = {(e.axis, e.option, e.metric): e for e in effects(rows(None, synthetic.study(36)))}
+    for axis, option, factor in (("precision", "bf16", 1.9), ("attention", "sdpa", 1.3), ("compile", "on", 1.35)):
+        effect = found[axis, option, "tokens_per_s"]
+        assert effect.low is not None and effect.high is not None
+        assert effect.low < factor < effect.high and effect.ratio == pytest.approx(factor, rel=0.02)
+        assert effect.pairs == len(effect.points) >= 8
+    assert ("precision", "fp32", "tokens_per_s") not in found
+
+
+def test_effects_pair_only_what_is_alike() -> None:
+    records = [synthetic.record(0), synthetic.record(1, precision="bf16", attention="sdpa")]
+    assert effects(rows(None, records)) == []
+    records = [synthetic.record(0), synthetic.record(1, machine="other", precision="bf16")]
+    assert effects(rows(None, records)) == []
+
+
+def test_ratio_interval_of_two_cells() -> None:
+    assert cell_ratio(Cell(2.0), Cell(3.0)) == (1.5, None, None)
+    assert cell_ratio(Cell(0.0), Cell(3.0)) is None
+    found = cell_ratio(Cell(100.0, 99.0, 101.0), Cell(200.0, 198.0, 202.0))
+    assert found is not None and found[1] is not None and found[2] is not None
+    assert found[0] == 2 and found[1] == pytest.approx(2 * (1 - 0.0141), rel=1e-3)
+    assert found[2] == pytest.approx(2 * (1 + 0.0141), rel=1e-3)
+
+
+def test_no_ratio_over_a_baseline_of_another_machine() -> None:
+    records = [
+        synthetic.record(0),
+        synthetic.record(1, precision="bf16"),
+        synthetic.record(2, machine="x", precision="bf16"),
+    ]
+    base, near, far = rows(None, records)
+    assert gain(near, base, "tokens_per_s") is not None
+    assert gain(far, base, "tokens_per_s") is None
+
+
+def test_a_batch_searched_over_keeps_its_ratio() -> None:
+    records = [synthetic.record(0), synthetic.record(1, knobs={"workload.batch": 64}, precision="bf16")]
+    records[1]["fingerprint"] |= {"workload": "train-64"}
+    base, other = rows(None, records)
+    assert gain(other, base, "tokens_per_s") is not None
+    assert unexplained([base, other]) == {}
+
+
+def test_a_lone_recipe_is_no_baseline_of_itself() -> None:
+    assert summarise(rows(None, [synthetic.record(0, precision="bf16")])).baseline is None
+    assert summarise(rows(None, [synthetic.record(0)])).baseline is not None
