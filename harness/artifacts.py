@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -78,7 +79,12 @@ class Store:
         path = self.root / stage / key
         if not (path / MANIFEST).is_file():
             return None
-        os.utime(path)  # prune goes by last use
+        try:
+            os.utime(path)  # prune goes by last use
+        except FileNotFoundError:
+            return None  # pruned this moment
+        except OSError:
+            pass  # a directory that is only ours to read
         return path
 
     def put(self, stage: str, key: str, write: Callable[[Path], dict[str, Any]]) -> Path:
@@ -92,13 +98,24 @@ class Store:
             try:
                 os.rename(aside, parent / key)
             except OSError:
-                if not (parent / key / MANIFEST).is_file():
-                    raise
-                shutil.rmtree(aside)  # another run wrote the same artifact first
+                if (parent / key / MANIFEST).is_file():
+                    shutil.rmtree(aside)  # another run wrote the same artifact first
+                else:
+                    self._remove(parent / key)  # half of one: a copy or a deletion that was broken off
+                    os.rename(aside, parent / key)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         return parent / key
+
+    def _remove(self, path: Path) -> None:
+        """Delete an artifact; renamed before, so that nobody takes what is left of it for whole."""
+        aside = path.with_name(f".writing-{path.name.lstrip('.')}-{secrets.token_hex(3)}")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(aside, ignore_errors=True)
 
     def manifest(self, path: Path) -> dict[str, Any]:
         return json.loads((path / MANIFEST).read_text())
@@ -108,14 +125,18 @@ class Store:
         rows = []
         for path in self.root.glob("*/*"):
             if path.is_dir():
-                size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                try:
+                    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                    used_s = path.stat().st_mtime
+                except FileNotFoundError:
+                    continue  # written or removed by another run meanwhile
                 whole = (path / MANIFEST).is_file() and not path.name.startswith(".")
                 rows.append(
                     {
                         "stage": path.parent.name,
                         "key": path.name,
                         "bytes": size,
-                        "used_s": path.stat().st_mtime,
+                        "used_s": used_s,
                         "whole": whole,
                     }
                 )
@@ -127,6 +148,6 @@ class Store:
         for row in self.entries():
             limit = older_than_s if row["whole"] else max(older_than_s, 3600.0)
             if now - row["used_s"] >= limit:
-                shutil.rmtree(self.root / row["stage"] / row["key"], ignore_errors=True)
+                self._remove(self.root / row["stage"] / row["key"])
                 gone.append(row)
         return gone

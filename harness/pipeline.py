@@ -76,14 +76,18 @@ class Pipeline:
         self._data = path, {**self.store.manifest(path), **fresh}, key
         return self._data
 
-    def build_model(self, overrides: list[str]) -> Decoder:
-        """Another recipe's model (a teacher, a draft): same corpus, tokenizer and seed unless overridden."""
-        from dyno.stages import train
-
+    def inner(self, overrides: list[str]) -> Pipeline:
+        """Another recipe's pipeline (a teacher's, a draft's): same corpus, tokenizer and seed unless overridden."""
         same = [o for o in self.recipe.overrides if o.split("=")[0].split(".")[0] in SHARED_BY_SUBRECIPES]
         where = f"results_dir={self.recipe.config['results_dir']}"
         recipe = compose([*same, *overrides, "workload.measures=infer", where], self.recipe.plugins)
-        other = Pipeline(recipe, self.device, self.directory, rank=self.rank, ranks=1, progress=self.progress)
+        return Pipeline(recipe, self.device, self.directory, rank=self.rank, ranks=1, progress=self.progress)
+
+    def build_model(self, overrides: list[str]) -> Decoder:
+        """The model of an inner recipe, from the cache or trained now."""
+        from dyno.stages import train
+
+        other = self.inner(overrides)
         model = train.load(other, train.prepare(other)[0])
         self.artifacts += other.artifacts
         return model

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyno.errors import NonFinite
-from dyno.record import Metric
+from dyno.errors import NonFinite, UserError
+from dyno.record import Metric, unmeasured
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -20,6 +20,8 @@ Forward = Callable[[Tensor], Tensor]
 def windows(held_out: np.ndarray, workload: dict[str, Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Non-overlapping windows from token 0: (tokens, targets) of (b, seq), the same text for every recipe."""
     seq = workload["seq"]
+    if len(held_out) <= seq:
+        raise UserError(f"the validation text has {len(held_out)} tokens, workload.seq={seq} needs more")
     count = min(max(1, workload["eval_tokens"] // seq), (len(held_out) - 1) // seq)
     rows = np.stack([held_out[i * seq : i * seq + seq + 1] for i in range(count)]).astype(np.int64)
     for chunk in torch.from_numpy(rows).split(max(1, min(16, workload["batch"]))):
@@ -33,10 +35,7 @@ def loss_metrics(
 ) -> dict[str, Metric]:
     """validation_loss (nats a token) and perplexity with the count of tokens and a 95% interval over windows."""
     if workload["eval_tokens"] <= 0:
-        return {
-            "validation_loss": Metric(None, "nats", 0, reason="workload.eval_tokens is 0"),
-            "perplexity": Metric(None, "1", 0, reason="workload.eval_tokens is 0"),
-        }
+        return switched_off("validation_loss", "perplexity")
     rows = []
     for tokens, targets in windows(held_out, workload, device):
         rows.append(token_losses(forward(tokens), targets).double().mean(1).cpu())
@@ -48,6 +47,8 @@ def against(
     forward: Forward, reference: Forward, held_out: np.ndarray, workload: dict[str, Any], device: torch.device
 ) -> dict[str, Metric]:
     """loss_metrics, and mean KL(reference || model) in nats and top-1 agreement with the reference, a token."""
+    if workload["eval_tokens"] <= 0:
+        return switched_off("validation_loss", "perplexity", "kl_divergence", "top1_agreement")
     losses, divergences, agreements, tokens_seen = [], [], [], 0
     for tokens, targets in windows(held_out, workload, device):
         logits, expected = forward(tokens).float(), reference(tokens).float()
@@ -69,18 +70,24 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
+def switched_off(*names: str) -> dict[str, Metric]:
+    units = {"validation_loss": "nats", "kl_divergence": "nats"}
+    return {name: unmeasured(units.get(name, "1"), "workload.eval_tokens is 0") for name in names}
+
+
 def mean_metric(rows: np.ndarray, unit: str, tokens: int) -> Metric:
     """Mean over windows with a normal 95% interval; windows, not tokens, are the independent samples."""
     if not np.isfinite(rows).all():
         raise NonFinite("the model's outputs on the validation text are not finite")
     mean = float(rows.mean())
-    half = 1.96 * float(rows.std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    if len(rows) == 1:
+        return Metric(mean, unit, tokens, source="validation text, one window")
+    half = 1.96 * float(rows.std(ddof=1)) / math.sqrt(len(rows))
     return Metric(mean, unit, tokens, mean - half, mean + half, source="validation text")
 
 
 def summarise(losses: np.ndarray, seq: int) -> dict[str, Metric]:
+    """Mean loss of each window -> validation_loss and perplexity."""
     loss = mean_metric(losses, "nats", len(losses) * seq)
-    assert loss.value is not None and loss.low is not None and loss.high is not None
-    e = lambda x: math.exp(min(x, 700.0))  # noqa: E731
-    perplexity = Metric(e(loss.value), "1", loss.count, e(loss.low), e(loss.high), source=loss.source)
-    return {"validation_loss": loss, "perplexity": perplexity}
+    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
+    return {"validation_loss": loss, "perplexity": Metric(value, "1", loss.count, low, high, source=loss.source)}

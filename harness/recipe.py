@@ -12,9 +12,10 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from dyno.axes import AXES, BY_NAME, SUBJECTS
 from dyno.errors import UserError
 from dyno.technique import Technique
 
+MEASURES = ("train", "infer", "data", "kernel")
+BASELINE = {"_target_": "dyno.technique.Baseline"}
 CONF = Path(importlib.import_module("dyno.conf").__path__[0])
 
 
@@ -38,7 +41,7 @@ class Recipe:
     @cached_property
     def hash(self) -> str:
         """Names what is measured: everything but where results go."""
-        kept = {k: v for k, v in self.config.items() if k not in ("results_dir", "study")}
+        kept = {k: v for k, v in self.config.items() if k not in ("results_dir", "study", "sampler")}
         return digest([kept, self.choices])[:16]
 
     def option(self, axis: str) -> str:
@@ -85,7 +88,7 @@ def make(node: dict[str, Any], plugins: list[str]) -> Technique:
         raise UserError(f"_target_ {target} is neither in dyno.techniques nor in a directory named with --plugins")
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
         raise UserError(f"_target_ {target} cannot be loaded: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Technique)):
         raise UserError(f"_target_ {target} is not a Technique")
@@ -94,20 +97,31 @@ def make(node: dict[str, Any], plugins: list[str]) -> Technique:
     for knob in knobs:
         if knob not in known:
             raise UserError(f"{cls.__name__} has no knob '{knob}'{close(knob, known)}")
-    technique = cls(**knobs)
-    for f in fields(technique):
-        value, default = getattr(technique, f.name), f.default
-        if isinstance(default, bool | int | float) and not _same_kind(value, default):
-            raise UserError(f"{cls.__name__}.{f.name} is {value!r}, it takes a {type(default).__name__}")
-    return technique
+    for f in fields(cls):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.name in knobs:
+            _check_kind(f"{cls.__name__}.{f.name}", knobs[f.name], default)
+        elif default is MISSING:
+            raise UserError(f"{cls.__name__} needs the knob '{f.name}'")
+    return cls(**knobs)
 
 
-def _same_kind(value: Any, default: Any) -> bool:
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """A value must be of its default's kind; a whole number is a number too. A default of null takes anything."""
+    kind = type(default)
+    if kind not in KINDS or type(value) is kind or (kind is float and type(value) is int):
+        return
+    raise UserError(f"{name} is {value!r}, it takes {KINDS[kind]}")
 
 
 def _lies_in_plugins(module: str, plugins: list[str]) -> bool:
@@ -165,8 +179,6 @@ def parse(overrides: list[str]) -> list[Any]:
         try:
             parsed.append(parser.parse_override(text))
         except Exception as error:  # noqa: BLE001  the parser raises several antlr types; all mean the same to the user
-            if isinstance(error, KeyboardInterrupt):
-                raise
             raise UserError(f"'{text}' is not an override; write axis=option or axis.knob=value") from error
     return parsed
 
@@ -185,7 +197,7 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = ",".join(f"file://{Path(p) / 'conf'}" for p in plugins)
+    search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
     extra = [f"hydra.searchpath=[{search}]"] if plugins else []
     GlobalHydra.instance().clear()
     try:
@@ -196,19 +208,74 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
             OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True, throw_on_missing=True
         )
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides, known)) from error
+        raise UserError(_explain(error, overrides, plugins)) from error
     assert isinstance(with_hydra, dict) and isinstance(chosen, dict)
     config = {str(k): v for k, v in with_hydra.items()}
-    choices = {name: _plain(chosen[name]) for name in (*[a.name for a in AXES], *SUBJECTS) if name in chosen}
+    choices = {name: chosen.get(name) for name in (*[a.name for a in AXES], *SUBJECTS)}
+    for axis in AXES:
+        if axis.many:  # Hydra does not tell the options of a list
+            node = config.get(axis.name) or {}
+            options = [name for name in node if name != axis.baseline] or [axis.baseline]
+            config[axis.name] = {name: node.get(name, BASELINE) for name in options}
+            choices[axis.name] = options if len(options) > 1 else options[0]
+    _check_values(config, choices, plugins)
     recipe = Recipe(config, choices, list(overrides), plugins)
     assert recipe.techniques is not None  # builds every technique, so that a wrong knob is told now
     return recipe
 
 
-def _plain(choice: Any) -> Any:
-    if isinstance(choice, str) and choice.startswith("["):
-        return [part.strip() for part in choice.strip("[]").split(",") if part.strip()]
-    return list(choice) if isinstance(choice, list | tuple) else choice
+def _quoted(text: str) -> str:
+    """Text as a word of Hydra's grammar, whatever is in it."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list[str]) -> None:
+    """What describes the subject and the bench has no class with typed knobs: the option file says the kinds."""
+    _check_kind("seed", config["seed"], 0)
+    config["results_dir"] = str(_present("results_dir", config["results_dir"]))
+    for group in SUBJECTS:
+        _check_like(group, config[group], _written(group, choices[group], plugins))
+    if config["workload"]["measures"] not in MEASURES:
+        raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
+    _check_finite("", config)
+
+
+def _present(name: str, value: Any) -> Any:
+    if value is None:
+        raise UserError(f"{name} must not be null")
+    return value
+
+
+def _check_like(name: str, value: Any, written: Any) -> None:
+    if isinstance(written, str) and "${" in written:
+        return
+    _check_kind(name, value, written)
+    if isinstance(written, dict) and "defaults" not in written:
+        for key, inner in value.items():
+            if key not in written:
+                raise UserError(f"{name} has no knob '{key}'{close(str(key), written)}")
+            _check_like(f"{name}.{key}", inner, written[key])
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """No NaN or infinity anywhere: a record, which is JSON, could not hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}, it takes a finite number")
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        _check_finite(f"{name}.{key}".lstrip("."), item)
+
+
+def _written(group: str, option: str, plugins: list[str]) -> Any:
+    """An option file as it is written; its interpolations and inherited knobs are not checked."""
+    from omegaconf import OmegaConf
+
+    for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
+        path = root / group / f"{option}.yaml"
+        if path.is_file():
+            return OmegaConf.to_container(OmegaConf.load(path))
+    return None
 
 
 def _check_group(override: Any, known: dict[str, list[str]]) -> None:
@@ -217,30 +284,37 @@ def _check_group(override: Any, known: dict[str, list[str]]) -> None:
     tops = {*known, "results_dir", "seed"}
     if first not in tops:
         raise UserError(f"there is no axis or key '{first}'{close(first, tops)}")
-    if "." in key or first not in known or override.is_delete():
+    if override.is_delete():
+        raise UserError(f"'{override.input_line}': nothing can be removed; `dyno list {first}` shows the plain option")
+    if override.is_sweep_override():
+        raise UserError(f"'{override.input_line}' names several values: use `dyno sweep` or `dyno tune`")
+    if "." in key or first not in known:
         return
     value = override.value()
+    if isinstance(value, list) and not (first in BY_NAME and BY_NAME[first].many):
+        raise UserError(f"{first} takes one option, not a list")
     options = value if isinstance(value, list) else [value]
-    if override.is_sweep_override():
-        return
     for option in options:
         if str(option) not in known[first]:
             raise UserError(f"{first} has no option '{option}'{close(str(option), known[first])}")
 
 
-def _explain(error: Exception, overrides: list[str], known: dict[str, list[str]]) -> str:
+def _explain(error: Exception, overrides: list[str], plugins: list[str]) -> str:
     """Hydra's several-line error as one line with the close matches of a misspelt knob."""
-    first = str(error).strip().splitlines()[0]
-    match = re.search(r"Key '(\w+)' is not in struct", str(error))
-    full = re.search(r"full_key: ([\w.]+)", str(error))
-    if match and full:
-        axis = full.group(1).rpartition(".")[0]
-        return f"{axis or 'the recipe'} has no knob '{match.group(1)}'; `dyno list {axis}` shows them"
-    match = re.search(r"Could not override '([\w.]+)'", first)
-    if match:
-        axis = match.group(1).split(".")[0]
-        return f"{match.group(1)} does not exist under the chosen option of {axis}; `dyno list {axis}` shows the knobs"
-    return first
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    match = re.search(r"Could not (?:override|append to config\.[^']*) ?'([\w.]+)'", first)
+    if not match or "." not in match.group(1):
+        return first
+    *path, knob = match.group(1).split(".")
+    plain = compose([o for o in overrides if "." not in o.partition("=")[0]], plugins)
+    node: Any = plain.config
+    for i, part in enumerate(path):
+        if part not in node:
+            return f"{'.'.join(path[:i])}={plain.option(path[0])} has no option '{part}'{close(part, node)}"
+        node = node[part] or {}
+    known = [name for name in node if name != "_target_"]
+    where = f"{path[0]}={plain.option(path[0])}" if path[0] in plain.choices else path[0]
+    return f"{where} has no knob '{knob}'{close(knob, known) or '; it has none'}"
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
@@ -251,7 +325,10 @@ def expand(overrides: list[str]) -> list[list[str]]:
             key = override.get_key_element()
             if override.is_interval_sweep():
                 raise UserError(f"'{override.input_line}' is an interval: a sweep needs values, a tune takes intervals")
-            lists.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            try:
+                lists.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            except (_hydra()[0].errors.HydraException, ValueError, TypeError, ZeroDivisionError) as error:
+                raise UserError(f"'{override.input_line}' is no sweep of plain values") from error
         else:
             lists.append([override.input_line])
     return [list(combination) for combination in itertools.product(*lists)]

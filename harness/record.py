@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import os
 import secrets
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +36,8 @@ class Metric:
     reason: str | None = None
 
     def __post_init__(self) -> None:
+        if self.value is not None and hasattr(self.value, "item"):  # a numpy or torch scalar
+            object.__setattr__(self, "value", self.value.item())
         if self.value is not None and not math.isfinite(self.value):
             object.__setattr__(self, "value", None)
             object.__setattr__(self, "reason", self.reason or "the value was not finite")
@@ -61,16 +65,31 @@ def to_json(metrics: dict[str, Metric]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all: aside, flushed to disk, renamed. NaN is refused, JSON has none."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp: others may read records
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1, allow_nan=False, default=str)
+        with aside.open("x") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as the number it is; paths and the like as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+# NaN and Infinity are no JSON, but other programs write them: they become empty.
+_decoder = json.JSONDecoder(parse_constant=lambda name: None)
+
+
+def decode(data: bytes) -> Any:
+    """JSON from bytes. Raises ValueError for anything else."""
+    return _decoder.decode(data.decode())
 
 
 def publish(aside: Path, record: dict[str, Any], runs: Path) -> Path:
@@ -86,9 +105,21 @@ def discard(aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def empty(aside: Path) -> None:
+    """Remove everything in a run directory, to make room."""
+    for path in aside.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def runs_dir(results_dir: str | Path) -> Path:
     path = Path(results_dir) / "runs"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"results_dir={results_dir} cannot be used: {error}") from error
     return path
 
 
@@ -111,40 +142,119 @@ def find(where: str | Path) -> list[Path]:
 
 
 def read_records(where: str | Path) -> list[dict[str, Any]]:
-    """The records under a directory, oldest first. A file that is no record is told, not guessed at."""
-    records = []
+    """The records under a directory, oldest first. A file that is no record is told, not guessed at.
+
+    A run that lies there twice counts once.
+
+    Raises:
+        UserError: a file is broken, of another schema, or two different records carry one id.
+    """
+    return _read(where, whole=True)
+
+
+def _read(where: str | Path, whole: bool) -> list[dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
     for path in find(where):
         try:
-            record = json.loads(path.read_bytes())
-        except json.JSONDecodeError as error:
+            data = path.read_bytes()
+            record = decode(data if whole else _head(data))
+        except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a record: {error}") from error
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise UserError(f"{path} is not a record of schema {SCHEMA}; it was written by another version")
-        record["_path"] = str(path.parent)
-        records.append(record)
-    return sorted(records, key=lambda r: r["id"])
+        if not (isinstance(record.get("id"), str) and all(isinstance(record.get(key), dict) for key in _TABLED)):
+            raise UserError(f"{path} is not a record: it lacks id, {', '.join(_TABLED)}")
+        for metric in record["metrics"].values() if whole else ():
+            if metric.get("value") is None:
+                metric.setdefault("reason", "the value was not finite")
+        known = records.setdefault(record["id"], record)
+        if known is not record and {k: v for k, v in known.items() if k != "_path"} != record:
+            raise UserError(f"{path} and {known['_path']} are different runs with one id: remove one of them")
+        known.setdefault("_path", str(path.parent))
+    return [records[key] for key in sorted(records)]
+
+
+_TABLED = ("choices", "config", "metrics")
+_REST = b'\n "details":'  # what run() writes after the metrics, at the outermost indentation
+
+
+def _head(data: bytes) -> bytes:
+    """The part of a record that a table shows, up to its metrics, as JSON: half the bytes, half the time.
+
+    A raw newline cannot lie in a JSON string, so the marks stand for the outermost level; a file that does not end
+    there is broken or somebody else's, and is decoded whole.
+    """
+    end = data.find(_REST)
+    return data[:end].rstrip().rstrip(b",") + b"}" if end > 0 and data.rstrip().endswith(b"\n}") else data
+
+
+_FIXED = ("id", "created", "status", "reason", "recipe_hash", "duration_s")
+
+
+def _parts(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(choices, knobs, metrics) of a record as flat columns."""
+    chosen: dict[str, Any] = {}
+    knobs: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    for axis, option in record["choices"].items():
+        chosen[axis] = "+".join(option) if isinstance(option, list) else option
+        node = record["config"].get(axis)
+        if isinstance(node, dict):
+            _flatten(axis, node, knobs)
+    for name, metric in record["metrics"].items():
+        metrics[name] = metric["value"]
+        if "low" in metric:
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = metric["low"], metric.get("high")
+    return chosen, knobs, metrics
+
+
+def _flatten(prefix: str, node: dict[str, Any], out: dict[str, Any]) -> None:
+    """Knobs as `axis.knob`, of listed options as `axis.option.knob`; a list as text; null is an empty cell."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            _flatten(f"{prefix}.{name}", value, out)
+        elif isinstance(value, list):
+            out[f"{prefix}.{name}"] = "+".join(map(str, value))
+        elif value is not None and name != "_target_":
+            out[f"{prefix}.{name}"] = value
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
     """One record as a flat row: a column an axis, a knob, a metric."""
-    out = {k: record.get(k) for k in ("id", "created", "status", "reason", "recipe_hash", "duration_s")}
-    for axis, option in record["choices"].items():
-        out[axis] = "+".join(option) if isinstance(option, list) else option
-        node = record["config"].get(axis)
-        if isinstance(node, dict):
-            for knob, value in node.items():
-                if isinstance(value, bool | int | float | str) and knob != "_target_":
-                    out[f"{axis}.{knob}"] = value
-    for name, metric in record["metrics"].items():
-        out[name] = metric["value"]
-        if "low" in metric:
-            out[f"{name}_low"], out[f"{name}_high"] = metric["low"], metric.get("high")
-    return out
+    chosen, knobs, metrics = _parts(record)
+    return {**{k: record.get(k) for k in _FIXED}, **chosen, **knobs, **metrics}
 
 
 def table(where: str | Path | list[dict[str, Any]]) -> pd.DataFrame:
     """Records as one frame: a row a run. Axes first, then knobs, then metrics."""
     import pandas as pd
 
-    records = where if isinstance(where, list) else read_records(where)
-    return pd.DataFrame([row(record) for record in records])
+    with _no_collection():
+        records = where if isinstance(where, list) else _read(where, whole=False)
+        return pd.DataFrame(_columns(records))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No cyclic garbage collection: it would walk millions of new objects again and again, a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [record.get(name) for record in records] for name in _FIXED if records}
+    parts = [_parts(record) for record in records]
+    for group in zip(*parts, strict=True):
+        layouts = dict.fromkeys(tuple(flat) for flat in group)
+        for name in dict.fromkeys(name for layout in layouts for name in layout):
+            columns.setdefault(name, [flat.get(name) for flat in group])
+    for name, values in columns.items():
+        kinds = set(map(type, values)) - {type(None)}
+        if str in kinds and len(kinds) > 1:  # options of one axis may share a knob's name; a column has one type
+            columns[name] = [value if value is None else str(value) for value in values]
+    return columns

@@ -227,7 +227,7 @@ def tail(aside: Path) -> str:
 
 
 def clean_leftovers(results_dir: str | Path) -> int:
-    """Remove run directories whose runner was killed; returns how many. A live run has processes, or is just starting."""
+    """Remove run directories whose runner was killed; returns how many. A live run has processes or is starting."""
     removed = 0
     for aside in record.runs_dir(results_dir).glob(".running-*"):
         run_id = aside.name.removeprefix(".running-")

@@ -34,7 +34,8 @@ def main(directory: Path) -> int:
     name = "result.json" if rank == 0 else f"result-rank{rank}.json"
     if rank == 0 or result["status"] != "ok":
         write_json(directory / name, result)
-    return 0
+    # One rank's failure ends the run at once: the others would wait for it in a collective.
+    return 0 if ranks == 1 or result["status"] == "ok" else 1
 
 
 def classify(error: Exception) -> dict[str, Any]:

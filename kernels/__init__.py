@@ -22,6 +22,8 @@ from typing import Any
 
 from dyno.errors import UserError
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: compilers cannot trace the look-up
+
 
 def operations() -> list[str]:
     """The operations there are, by file name; imports none of them."""
@@ -37,7 +39,7 @@ def operation(name: str) -> ModuleType:
 
 def triton_missing(device: Any) -> str | None:
     """Why Triton kernels cannot run on this device (a torch.device or its text), or None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     kind = str(device).split(":")[0]
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -8,7 +8,7 @@ Few queries (decoding) would leave a GPU idle, so their keys are split over prog
 their log-sum-exp (Flash-Decoding), and the query heads of one key head share a tile, which reads the cache once.
 
 The backward recomputes the probabilities from the log-sum-exp in plain PyTorch, a chunk of queries at a time: right and
-linear in memory, but several times slower than a fused backward. Train with an `sdpa` backend where that matters.
+linear in memory, but not fused, so slow. Train with an `sdpa` backend where speed matters.
 """
 
 from __future__ import annotations
@@ -273,7 +273,8 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(*ctx.saved_tensors, grad, ctx.causal, ctx.scale), None, None, None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*_backward(q, k, v, out, lse, grad, ctx.causal, ctx.scale), None, None, None)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, **launch: Any) -> Tensor:

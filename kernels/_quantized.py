@@ -52,7 +52,7 @@ def _gemv(
             # A code in the mantissa of 2^23 is a float without a conversion; the subtraction is exact.
             shift = (zero + 8388608.0)[:, :, None]
             if BITS == 4:
-                k = byte // half * (2 * half) + byte % half
+                k = (first + spans)[:, None] * (2 * SPAN) + (within // half * (2 * half) + within % half)[None, :]
                 low = tl.load(X + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
                 high = tl.load(X + row * inputs + k + half, mask=k + half < inputs, other=0.0).to(tl.float32)
                 part = (((code & 15) | 0x4B000000).to(tl.float32, bitcast=True) - shift) * low[None, :, :]
@@ -83,15 +83,14 @@ def _grid_of(Scales, Zeros, meta, mask, BITS: tl.constexpr, SYMMETRIC: tl.conste
     """Scale and zero in fp32 at the offsets `meta`."""
     scale = tl.load(Scales + meta, mask=mask, other=0.0).to(tl.float32)
     if SYMMETRIC:
-        zero = tl.zeros_like(scale) + 2 ** (BITS - 1)
+        return scale, tl.zeros_like(scale) + 2 ** (BITS - 1)
     else:
-        zero = tl.load(Zeros + meta, mask=mask, other=0).to(tl.float32)
-    return scale, zero
+        return scale, tl.load(Zeros + meta, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
 def _gemm(
-    X, Packed, Scales, Zeros, Out, rows, outputs, inputs, row_bytes, groups, group_size, split_bytes,
+    X, Packed, Scales, Zeros, Out, rows, outputs, inputs, row_bytes, groups, group_size, split_steps,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, UNIFORM: tl.constexpr,
     SYMMETRIC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -105,15 +104,17 @@ def _gemm(
     x_rows = X + m.to(tl.int64)[None, :] * inputs
     w_rows = Packed + n.to(tl.int64)[:, None] * row_bytes
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    begin = tl.program_id(2) * split_bytes
+    # Where byte j of a step finds its (first) input: written so that the compiler sees runs of 32 and loads them whole.
+    inputs_of = within if BITS == 8 else within // half * (2 * half) + within % half
+    begin = tl.program_id(2) * split_steps
+    end = tl.minimum(tl.cdiv(row_bytes, BLOCK_B), begin + split_steps)
     type: tl.constexpr = tl.float32 if UPCAST else X.dtype.element_ty
     per_byte: tl.constexpr = 8 // BITS
-    for start in range(begin, tl.minimum(row_bytes, begin + split_bytes), BLOCK_B):
+    for step in range(begin, end):
+        start = step * BLOCK_B
         byte = start + within
         code = tl.load(w_rows + byte[None, :], mask=n_mask[:, None] & (byte < row_bytes)[None, :], other=0)
-        k = byte
-        if BITS == 4:
-            k = byte // half * (2 * half) + byte % half
+        k = start * per_byte + inputs_of
         x = tl.load(x_rows + k[:, None], mask=m_mask[None, :] & (k < inputs)[:, None], other=0.0).to(type)
         low = code
         if BITS == 4:
@@ -149,14 +150,16 @@ def _dense(
 ):  # fmt: skip
     """Out (N, K): the dequantised weight; the grid is (N, byte tiles)."""
     row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    within = tl.arange(0, BLOCK_B)
+    first = tl.program_id(1) * BLOCK_B
+    byte = first + within
     code = tl.load(Packed + row * row_bytes + byte, mask=byte < row_bytes, other=0)
     half: tl.constexpr = 32
     for part in tl.static_range(8 // BITS):
         k = byte
         value = code
         if BITS == 4:
-            k = byte // half * (2 * half) + byte % half + part * half
+            k = first * 2 + within // half * (2 * half) + within % half + part * half
             value = (code >> (4 * part)) & 15
         mask = k < inputs
         scale, zero = _grid_of(Scales, Zeros, row * groups + k // group_size, mask, BITS, SYMMETRIC)
@@ -202,9 +205,15 @@ def gemv_tiles() -> Tiles:
     return Tiles(4, 1024, 4)
 
 
-def gemm_tiles(dtype: torch.dtype) -> Tiles:
-    """Measured on an H100; exact fp32 products run on CUDA cores and want small tiles."""
-    return Tiles(32, 32, 4) if dtype == torch.float32 else Tiles(64, 64, 4)
+def gemm_tiles(weight: PackedWeight, dtype: torch.dtype) -> Tiles:
+    """Measured on an H100, with a step that keeps to one group where that is possible.
+
+    Exact fp32 products run on CUDA cores and want small tiles.
+    """
+    step = 32 if dtype == torch.float32 else 64 if weight.bits == 4 else 128
+    while step > 32 and weight.scales.shape[1] > 1 and weight.group_size * weight.bits // 8 % step:
+        step //= 2
+    return Tiles(32 if dtype == torch.float32 else 64, step, 4)
 
 
 def multiply(x: Tensor, weight: PackedWeight, tiles: Tiles | None = None) -> Tensor:
@@ -217,7 +226,7 @@ def multiply(x: Tensor, weight: PackedWeight, tiles: Tiles | None = None) -> Ten
     span = _span(weight)
     if x.shape[0] <= GEMV_ROWS and span:
         return _few_rows(x.contiguous(), weight, span, tiles or gemv_tiles())
-    return _many_rows(x.contiguous(), weight, tiles or gemm_tiles(x.dtype))
+    return _many_rows(x.contiguous(), weight, tiles or gemm_tiles(weight, x.dtype))
 
 
 def _few_rows(x: Tensor, weight: PackedWeight, span: int, tiles: Tiles) -> Tensor:
@@ -241,13 +250,13 @@ def _many_rows(x: Tensor, weight: PackedWeight, tiles: Tiles) -> Tensor:
     groups = weight.scales.shape[1]
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
     grid = triton.cdiv(outputs, tiles.outputs), triton.cdiv(rows, block_m)
-    splits = tiles.splits or max(1, min(256 // (grid[0] * grid[1]), row_bytes // (8 * tiles.step_bytes)))
+    splits = tiles.splits or max(1, min(512 // (grid[0] * grid[1]), row_bytes // (8 * tiles.step_bytes)))
     split_bytes = triton.cdiv(triton.cdiv(row_bytes, splits), tiles.step_bytes) * tiles.step_bytes
     splits = triton.cdiv(row_bytes, split_bytes)
     out = torch.empty(splits, rows, outputs, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     _gemm[(*grid, splits)](
         x, weight.packed, weight.scales, weight.zeros if weight.zeros is not None else weight.packed, out,
-        rows, outputs, weight.in_features, row_bytes, groups, weight.group_size, split_bytes,
+        rows, outputs, weight.in_features, row_bytes, groups, weight.group_size, split_bytes // tiles.step_bytes,
         BITS=weight.bits, BLOCK_M=block_m, BLOCK_N=tiles.outputs, BLOCK_B=tiles.step_bytes,
         UNIFORM=groups == 1 or weight.group_size % (tiles.step_bytes * 8 // weight.bits) == 0,
         SYMMETRIC=weight.zeros is None, UPCAST=INTERPRETED and x.dtype != torch.float32,

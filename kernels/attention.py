@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyno.errors import UserError
+from dyno.kernels import triton_missing
 
 SDPA_BACKENDS = ("auto", "flash", "cudnn", "efficient", "math")
 
@@ -183,8 +184,6 @@ def implementations(device: torch.device | str) -> dict[str, Callable[..., Tenso
 
     def peer(backend: str) -> Callable[..., Tensor]:
         return lambda **arguments: sdpa(**arguments, backend=backend)
-
-    from dyno.kernels import triton_missing
 
     found: dict[str, Callable[..., Tensor]] = {"reference": reference, "eager": eager}
     if triton_missing(device) is None:

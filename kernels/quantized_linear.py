@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyno.errors import UserError
+from dyno.kernels import HAS_TRITON, triton_missing
 
 BITS = (4, 8)
 NIBBLE_BLOCK = 64
@@ -132,9 +133,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
 
 def dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """`dequantize`, in one pass over memory where Triton runs on a GPU."""
-    from dyno.kernels import triton_missing
-
-    if weight.packed.device.type != "cuda" or triton_missing("cuda"):
+    if weight.packed.device.type != "cuda" or not HAS_TRITON:
         return dequantize(weight, dtype)
     from dyno.kernels._quantized import dense as fused
 
@@ -171,13 +170,11 @@ def triton_linear(
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """The fastest of the above for where x is, how many rows it has and whether it needs a gradient."""
-    from dyno.kernels import triton_missing
-
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x.numel() // weight.in_features
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    if x.device.type != "cuda" or differentiated or rows > TRITON_ROWS or triton_missing(x.device):
+    if x.device.type != "cuda" or differentiated or rows > TRITON_ROWS or not HAS_TRITON:
         return dequantized_linear(x, weight, bias)
     return triton_linear(x, weight, bias)
 
@@ -226,8 +223,6 @@ def inputs(shape: LinearShape, device: torch.device | str, dtype: torch.dtype, s
 
 def implementations(device: torch.device | str) -> dict[str, Callable[..., Tensor]]:
     """What can run there, by name, each called with `**inputs(...)`; `torch_dense` is the unquantised product."""
-    from dyno.kernels import triton_missing
-
     found: dict[str, Callable[..., Tensor]] = {"reference": reference, "dequantize": dequantized_linear}
     if triton_missing(device) is None:
         found["triton"] = triton_linear

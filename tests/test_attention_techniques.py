@@ -1,15 +1,11 @@
 """Options of the axis attention: each gives the attention of the reference, or the reason why it cannot."""
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 from dyno.errors import Conflict
 from dyno.kernels.attention import reference

@@ -1,21 +1,12 @@
 """The Triton attention in the interpreter against the reference, and what its compiled form contains."""
 
 import math
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
-
-
-from dyno.errors import UserError
 from dyno.kernels import attention as op
-from dyno.kernels import operation, operations, triton_missing
-
-pytest.importorskip("triton")
-interpreted = pytest.mark.skipif(triton_missing("cpu") is not None, reason="the interpreter is off")
+from dyno.kernels import operation, operations
 
 
 def problem(batch, heads, kv_heads, queries, keys, dim, dtype=torch.float32, seed=0):
@@ -56,74 +47,6 @@ CASES = [
     (1, 2, 2, 1, 1, 16, True),
     (1, 2, 1, 17, 17, 20, True),
 ]
-
-
-@interpreted
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton_matches_reference(case):
-    from dyno.kernels._flash import Tiles
-
-    q, k, v = problem(*case[:-1])
-    out = op.triton_attention(q, k, v, causal=case[-1], tiles=Tiles(32, 32, 4, 1))
-    torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(torch.float32))
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_default_tiles(dtype):
-    q, k, v = problem(1, 4, 2, 150, 150, 64, dtype)
-    torch.testing.assert_close(op.triton_attention(q, k, v), op.reference(q, k, v), **op.tolerance(dtype))
-
-
-@interpreted
-@pytest.mark.parametrize("queries", [1, 4])
-@pytest.mark.parametrize("splits", [2, 5])
-def test_split_keys_are_merged(queries, splits):
-    from dyno.kernels._flash import Tiles
-
-    q, k, v = problem(2, 4, 2, queries, 150, 64)
-    out = op.triton_attention(q, k, v, splits=splits, tiles=Tiles(16, 16, 4, 1))
-    torch.testing.assert_close(out, op.reference(q, k, v), **op.tolerance(torch.float32))
-
-
-@interpreted
-def test_strided_inputs_as_a_model_makes_them():
-    q = torch.randn(2, 20, 4, 64).transpose(1, 2)
-    k, v = (torch.randn(2, 20, 2, 64).transpose(1, 2) for _ in range(2))
-    torch.testing.assert_close(op.triton_attention(q, k, v), op.reference(q, k, v), **op.tolerance(torch.float32))
-
-
-@interpreted
-def test_large_scores_do_not_overflow():
-    q, k, v = problem(1, 2, 2, 20, 20, 64)
-    out = op.triton_attention(q * 100, k * 100, v)
-    torch.testing.assert_close(out, op.reference(q * 100, k * 100, v), atol=1e-4, rtol=1e-4)
-
-
-@interpreted
-@pytest.mark.parametrize("queries,keys,causal", [(40, 40, True), (7, 40, True), (40, 7, True), (9, 30, False)])
-def test_gradients(queries, keys, causal, monkeypatch):
-    from dyno.kernels import _flash
-
-    monkeypatch.setattr(_flash, "BACKWARD_ROWS", 16)
-    grads = []
-    for fn in (op.reference, op.triton_attention):
-        tensors = [x.requires_grad_() for x in problem(2, 4, 2, queries, keys, 32)]
-        (fn(*tensors, causal=causal) * torch.linspace(-1, 1, 32)).sum().backward()
-        grads.append([x.grad for x in tensors])
-    for expected, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
-@interpreted
-def test_user_mistakes_are_one_line():
-    q, k, v = problem(1, 4, 2, 3, 3, 64)
-    with pytest.raises(UserError, match="multiple of Hkv"):
-        op.triton_attention(q[:, :3], k, v)
-    with pytest.raises(UserError, match="up to 128"):
-        op.triton_attention(*problem(1, 1, 1, 2, 2, 130))
-    with pytest.raises(UserError, match="one type"):
-        op.triton_attention(q.half(), k, v)
 
 
 @pytest.mark.parametrize("backend", ["auto", "flash", "math"])

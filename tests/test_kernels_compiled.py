@@ -24,7 +24,7 @@ def compiled(fn, pointers, constants, warps, stages):
     signature = {
         n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else kinds.get(n, "i32") for n in names
     }
-    aligned = [n for n in names if n in pointers or n.startswith("stride") or n in ("inputs", "row_bytes")]
+    aligned = [n for n in names if n in pointers or n.startswith("stride") or n in ("inputs", "row_bytes", "outputs")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     made = triton.compile(
         ASTSource(fn, signature, constants, attributes),
@@ -64,8 +64,10 @@ def linear(bits):
     import torch
 
     from dyno.kernels import _quantized
+    from dyno.kernels.quantized_linear import quantize
 
-    tiles = _quantized.gemm_tiles(torch.bfloat16)
+    weight = quantize(torch.zeros(64, 256), bits, 128)
+    tiles = _quantized.gemm_tiles(weight, torch.bfloat16)
     pointers = {"X": "bf16", "Packed": "u8", "Scales": "fp16", "Zeros": "u8", "Out": "fp32"}
     constants = {
         "BITS": bits, "BLOCK_M": 16, "BLOCK_N": tiles.outputs, "BLOCK_B": tiles.step_bytes, "UNIFORM": True,

@@ -1,19 +1,11 @@
 """Packing, grids and the Triton products of quantised linear layers, against the reference."""
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
-
-
 from dyno.errors import UserError
 from dyno.kernels import quantized_linear as op
-from dyno.kernels import triton_missing
 
-interpreted = pytest.mark.skipif(triton_missing("cpu") is not None, reason="the interpreter is off")
 GRIDS = [(bits, group, symmetric) for bits in (4, 8) for group in (0, 32, 128, 24) for symmetric in (True, False)]
 
 
@@ -83,41 +75,6 @@ MATRICES = [
     for outputs, inputs, group in ((33, 123, 32), (40, 576, 128), (7, 200, 0), (16, 96, 24))
     for bits, symmetric in ((4, False), (8, True), (4, True), (8, False))
 ]
-
-
-@interpreted
-@pytest.mark.parametrize("case", MATRICES[::2] + MATRICES[1::6], ids=str)
-def test_triton_matches_reference(case):
-    made = op.inputs(op.LinearShape(*case), "cpu", torch.float32, 0)
-    torch.testing.assert_close(op.triton_linear(**made), op.reference(**made), **op.tolerance(torch.float32))
-
-
-@interpreted
-@pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(rows, dtype):
-    made = op.inputs(op.LinearShape(rows, 40, 576, 4, 128, False), "cpu", dtype, 0)
-    for run in (op.triton_linear, op.dequantized_linear):
-        torch.testing.assert_close(run(**made), op.reference(**made), **op.tolerance(dtype))
-
-
-@interpreted
-@pytest.mark.parametrize("bits,group,symmetric", GRIDS)
-def test_one_pass_dequantize(bits, group, symmetric):
-    from dyno.kernels._quantized import dense
-
-    packed = op.quantize(torch.randn(5, 203), bits, group, symmetric)
-    assert torch.equal(dense(packed, torch.float32), op.dequantize(packed))
-
-
-@interpreted
-def test_bias_and_leading_dimensions():
-    made = op.inputs(op.LinearShape(6, 12, 128, 4, 64, False), "cpu", torch.float32, 0)
-    x, bias = made["x"].view(2, 3, 128), torch.randn(12)
-    expected = op.reference(x, made["weight"], bias)
-    assert expected.shape == (2, 3, 12)
-    for run in (op.triton_linear, op.linear, op.dequantized_linear):
-        torch.testing.assert_close(run(x, made["weight"], bias), expected, **op.tolerance(torch.float32))
 
 
 def test_gradient_reaches_the_activations():

@@ -14,6 +14,7 @@ import synthetic
 from dyno.errors import UserError
 from dyno.record import table
 from dyno.report import html, markdown
+from dyno.report import write as report
 from dyno.report.payload import MOST_ROWS, payload
 from dyno.report.rows import rows
 from dyno.report.summary import summarise
@@ -201,6 +202,14 @@ def test_user_mistakes_are_one_clear_line(tmp_path: Path) -> None:
             markdown(None, records, **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not exist"):
         html(None, records, tmp_path / "no" / "r.html")
+
+
+def test_from_a_directory_by_the_ending_of_the_file(tmp_path: Path) -> None:
+    where = synthetic.write(tmp_path / "results", synthetic.study(6))
+    assert "<!doctype html>" in report(where, tmp_path / "r.html").read_text()
+    assert report(where, tmp_path / "r.md", constraints=LIMITS).read_text().startswith("## Dyno report")
+    with pytest.raises(UserError, match=r"\.html or a \.md"):
+        report(where, tmp_path / "r.pdf")
 
 
 def test_a_very_long_table_stays_small(tmp_path: Path) -> None:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from dyno.report.page import html
+from dyno.errors import UserError
+from dyno.report.page import html, write_text
+from dyno.report.summary import Objective
 from dyno.report.text import markdown
 
 __all__ = ["html", "markdown", "write"]
 
 
-def write(directory: str | Path, output: str | Path, **options: Any) -> None:
-    """Report the records of a directory: Markdown when `output` ends in .md, else HTML. Options as for `html`."""
-    from dyno.record import read_records, table
+def write(
+    where: str | Path,
+    out: str | Path,
+    *,
+    title: str = "Dyno report",
+    constraints: list[str] | None = None,
+    objectives: list[Objective] | None = None,
+    baseline_id: str | None = None,
+) -> Path:
+    """Report the records under a directory into `out`: a page for .html, Markdown for .md. Else as `html`."""
+    from dyno.record import read_records
 
-    records = read_records(directory)
-    frame = table(records)
-    if str(output).endswith(".md"):
-        Path(output).write_text(markdown(frame, records, **options))
-    else:
-        html(frame, records, Path(output), **options)
+    path = Path(out)
+    if path.suffix not in (".html", ".htm", ".md"):
+        raise UserError(f"cannot tell from {path} which report to write; name a .html or a .md file")
+    records = read_records(where)
+    if path.suffix != ".md":
+        return html(
+            None, records, path, title=title, constraints=constraints, objectives=objectives, baseline_id=baseline_id
+        )
+    text = markdown(None, records, title=title, constraints=constraints, objectives=objectives, baseline_id=baseline_id)
+    return write_text(path, text)

@@ -58,11 +58,7 @@ def html(
         UserError: an unreadable constraint, an unknown direction or baseline, or a folder that does not exist.
     """
     summary = summarise(rows(frame, records), constraints, objectives, baseline_id)
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
-    _write(path, page(summary, title))
-    return path
+    return write_text(Path(out), page(summary, title))
 
 
 def page(summary: Summary, title: str) -> str:
@@ -112,9 +108,13 @@ def _bundle() -> str:
     return bundle
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file aside and rename it: a reader sees the old report or the new one, never half of one."""
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     os.chmod(aside, 0o644)
     os.replace(aside, path)
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from dyno.errors import UserError
 from dyno.model.decoder import Decoder
 from dyno.recipe import digest
 from dyno.record import Metric
-from dyno.stages import train
-from dyno.technique import Baseline
+from dyno.stages import data, train
+from dyno.technique import Baseline, Technique
 
 if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
@@ -46,7 +47,9 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
         for technique in chosen:
             if isinstance(technique, Baseline):
                 continue
-            before = digest([before, axis, type(technique).__qualname__, technique.knobs(), train_code(technique)])[:24]
+            code = technique_code(technique)
+            parts = [before, axis, type(technique).__qualname__, technique.knobs(), code]
+            before = digest([*parts, *inner_key(pipeline, technique)])[:24]
             cached = pipeline.store.get("compress", before)
             if cached is not None:
                 run.model = train.load(pipeline, cached).eval()
@@ -63,10 +66,17 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
     return run.model, reference, before
 
 
-def train_code(technique: Any) -> str:
-    import inspect
-
+def technique_code(technique: Technique) -> str:
+    """Digest of the module that a technique is written in."""
     return digest(Path(inspect.getfile(type(technique))).read_text())
+
+
+def inner_key(pipeline: Pipeline, technique: Technique) -> list[str]:
+    """The weights key of the recipe inside a technique: a teacher that is another one makes another student."""
+    if not technique.subrecipe:
+        return []
+    other = pipeline.inner(technique.subrecipe)
+    return [train.key(other, data.key(other))]
 
 
 def is_plain(model: Decoder) -> bool:
@@ -93,8 +103,8 @@ def size_metrics(model: Decoder) -> dict[str, Metric]:
     weights = train.parameter_counts(model.config)[0]
     zeros = total = 0
     for module in model.blocks.modules():
-        weight = getattr(module, "dense_weight", None)
-        dense = weight() if callable(weight) else module.weight if isinstance(module, torch.nn.Linear) else None
+        packed = getattr(module, "dequantized", None)  # what a packed layer stands for
+        dense = packed() if callable(packed) else module.weight if isinstance(module, torch.nn.Linear) else None
         if dense is not None:
             zeros += int((dense == 0).sum())
             total += dense.numel()

@@ -23,12 +23,14 @@ class GradientAccumulation(Technique):
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         batch = recipe.config["workload"]["batch"]
-        if self.micro_batches < 1 or batch % self.micro_batches:
-            return f"workload.batch={batch} cannot be split into accumulation.micro_batches={self.micro_batches}"
+        ranks = max(1, *(t.world_size for chosen in recipe.techniques.values() for t in chosen))
+        if self.micro_batches < 1 or batch % (ranks * self.micro_batches):
+            over = f" on each of {ranks} ranks" if ranks > 1 else ""
+            return f"workload.batch={batch} cannot be split into accumulation.micro_batches={self.micro_batches}{over}"
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(batch_factor=1 / self.micro_batches)
+        return Footprint(batch_factor=1 / max(1, self.micro_batches))
 
     def apply(self, run: Run) -> None:
         run.replace("micro_batches", self.micro_batches, by=self)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TritonFlash(Technique):
     """Online softmax over key tiles, grouped heads, split keys for decoding; the backward is plain PyTorch.
 
-    Paper: Dao 2023, arXiv:2307.08691. Made for inference: its backward is several times slower than SDPA's.
+    Paper: Dao 2023, arXiv:2307.08691. Made for inference: its backward is not fused, train with SDPA.
     """
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:

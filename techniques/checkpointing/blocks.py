@@ -35,7 +35,7 @@ class Uniform(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Kept: one boundary a segment and the inside of one segment at a time."""
-        segment = min(self.segment(shape.layers), shape.layers)
+        segment = max(1, min(self.segment(shape.layers), shape.layers))
         inside = segment / shape.layers
         boundaries = math.ceil(shape.layers / segment) / shape.layers * boundary_share(shape)
         return Footprint(activation_factor=min(1.0, inside + boundaries), flops_factor=4 / 3)

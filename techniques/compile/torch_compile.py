@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dyno.recipe import Recipe
 
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 @dataclass
 class TorchCompile(Technique):
     """TorchDynamo captures the model, Inductor fuses and generates kernels; the first steps pay for it.
@@ -25,6 +28,8 @@ class TorchCompile(Technique):
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         import shutil
 
+        if self.mode not in MODES:
+            return f"compile.mode is {self.mode}; it takes {', '.join(MODES)}"
         if device.kind == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
             return "torch.compile on a CPU needs a C++ compiler (g++ or clang++) on the path"
         if recipe.config["workload"]["measures"] == "infer":

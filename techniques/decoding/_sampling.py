@@ -20,8 +20,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     probabilities = torch.softmax(logits / temperature, -1)
     if 0 < top_k < logits.shape[-1]:
-        smallest = probabilities.topk(top_k, -1).values[..., -1:]
-        probabilities = torch.where(probabilities >= smallest, probabilities, 0.0)
+        kept = probabilities.topk(top_k, -1)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, kept.indices, kept.values)
     if top_p < 1.0:
         ordered, order = probabilities.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered

@@ -42,9 +42,7 @@ class Sampling(Greedy):
     top_p: float = 1.0
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            return "decoding takes temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
-        return None
+        return wrong_cuts(self.temperature, self.top_k, self.top_p)
 
     def start(self, run: Run, prompts: Tensor, length: int) -> Any:
         import torch
@@ -57,3 +55,10 @@ class Sampling(Greedy):
             return draw(distribution(logits, self.temperature, self.top_k, self.top_p), generator)
 
         return PlainSession(run, prompts, length, choose)
+
+
+def wrong_cuts(temperature: float, top_k: int, top_p: float) -> str | None:
+    """The reason why these knobs describe no distribution, or None."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        return "decoding takes temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
+    return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape, Technique
+from dyno.techniques.decoding.sampling import wrong_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class Speculative(Technique):
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         if self.draft_length < 1:
             return f"decoding.draft_length is {self.draft_length}; it takes 1 or more tokens"
-        return None
+        return wrong_cuts(self.temperature, self.top_k, self.top_p)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(kv_cache_factor=1.25)

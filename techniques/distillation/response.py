@@ -29,8 +29,8 @@ class Response(Technique):
     alpha: float = 0.7
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        if self.temperature <= 0 or not 0 <= self.alpha <= 1 or self.steps < 0:
-            return "distillation takes temperature > 0, 0 <= alpha <= 1 and steps >= 0"
+        if self.temperature <= 0 or not 0 <= self.alpha <= 1 or self.steps < 0 or self.lr <= 0:
+            return "distillation takes temperature > 0, 0 <= alpha <= 1, steps >= 0 and lr > 0"
         return None
 
     def apply(self, run: Run) -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class DDP(Technique):
     """Every rank holds the model and takes its rows of the batch; gradients are averaged in overlapped buckets.
 
-    Paper: Li et al. 2020, arXiv:2006.15704. One rank a GPU with NCCL, or processes with gloo on a CPU.
+    Paper: Li et al. 2020, arXiv:2006.15704. One rank a GPU with NCCL, or processes with gloo on a CPU. ranks=1 is the
+    plain step, the foot of a scaling curve.
     """
 
     ranks: int = 2
@@ -34,9 +35,13 @@ class DDP(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Gradient buckets are a second copy of the gradients."""
-        return Footprint(batch_factor=1 / self.ranks, gradient_factor=2.0 if self.ranks > 1 else 1.0, ranks=self.ranks)
+        return Footprint(
+            batch_factor=1 / max(1, self.ranks), gradient_factor=2.0 if self.ranks > 1 else 1.0, ranks=self.ranks
+        )
 
     def apply(self, run: Run) -> None:
+        if self.ranks == 1:
+            return
         from torch.nn.parallel import DistributedDataParallel
 
         holder: dict[str, Any] = {}
@@ -62,10 +67,15 @@ class ZeRO3(DDP):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         gathered = 2 * 4.0 * shape.linear_parameters / max(1, shape.layers)
         return Footprint(
-            batch_factor=1 / self.ranks, state_factor=1 / self.ranks, extra_bytes=gathered, ranks=self.ranks
+            batch_factor=1 / max(1, self.ranks),
+            state_factor=1 / max(1, self.ranks),
+            extra_bytes=gathered,
+            ranks=self.ranks,
         )
 
     def apply(self, run: Run) -> None:
+        if self.ranks == 1:
+            return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

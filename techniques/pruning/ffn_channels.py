@@ -64,7 +64,7 @@ class FFNChannels(Technique):
 
 
 def strongest(gate: Tensor, up: Tensor, down: Tensor, count: int) -> Tensor:
-    """Indices (count,) in ascending order of the channels with the largest norm product; gate, up (F, E), down (E, F)."""
+    """Ascending indices (count,) of the channels with the largest norm product; gate, up (F, E), down (E, F)."""
     score = gate.detach().float().norm(dim=1) * up.detach().float().norm(dim=1) * down.detach().float().norm(dim=0)
     return score.topk(count).indices.sort().values
 
@@ -75,7 +75,8 @@ def take(layer: nn.Linear, channels: Tensor, dim: int) -> nn.Linear:
     from torch import nn
 
     weight = layer.weight.detach().index_select(dim, channels)
-    smaller = nn.Linear(*weight.shape[::-1], bias=layer.bias is not None, dtype=weight.dtype, device=weight.device)
+    outputs, inputs = weight.shape
+    smaller = nn.Linear(inputs, outputs, bias=layer.bias is not None, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         smaller.weight.copy_(weight)
         if layer.bias is not None:

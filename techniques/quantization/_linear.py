@@ -1,4 +1,4 @@
-"""A linear layer that holds a packed weight, and the ways in and out of a model and a state dict."""
+"""A linear layer that holds a packed weight, and which layers of a model it may replace."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scale_bits", weight.scales.view(STORED[weight.scales.dtype]))
         self.register_buffer("zeros", weight.zeros)
-        # In the state dict, so that a saved model says how it is packed.
-        self.register_buffer("layout", torch.tensor([self.bits, self.group_size, self.in_features]))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @property
@@ -65,18 +63,6 @@ def linears(model: nn.Module, skip: list[str]) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not any(fnmatch(name, pattern) for pattern in skip)
     }
-
-
-def load_packed(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a dense model the packed layers of a saved state dict in place; then `load_state_dict` takes it strictly."""
-    for name in [key.removesuffix(".layout") for key in state if key.endswith(".layout")]:
-        bits, group_size, in_features = state[f"{name}.layout"].tolist()
-        scales = state[f"{name}.scale_bits"]
-        zeros = state.get(f"{name}.zeros")
-        packed = PackedWeight(
-            state[f"{name}.packed"], scales.view(SCALES[scales.dtype]), zeros, bits, group_size, in_features
-        )
-        model.set_submodule(name, QuantizedLinear(packed, state.get(f"{name}.bias")))
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -1,0 +1,124 @@
+"""Tests that run the Triton kernels in Triton's interpreter, on a CPU.
+
+Not collected by itself: the interpreter must be chosen before Triton is first imported, so that
+`test_kernels_interpreted.py` runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import pytest
+import torch
+from test_attention_techniques import build, device, recipe, run
+from test_kernels_attention import CASES, problem
+from test_kernels_quantized import GRIDS, MATRICES
+
+from dyno.errors import UserError
+from dyno.kernels import _flash, _quantized, attention, operation, operations
+from dyno.kernels import quantized_linear as linear
+from dyno.kernels._flash import Tiles
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton_matches_reference(case):
+    q, k, v = problem(*case[:-1])
+    out = attention.triton_attention(q, k, v, causal=case[-1], tiles=Tiles(32, 32, 4, 1))
+    torch.testing.assert_close(out, attention.reference(q, k, v, causal=case[-1]), **attention.tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_default_tiles(dtype):
+    q, k, v = problem(1, 4, 2, 150, 150, 64, dtype)
+    torch.testing.assert_close(
+        attention.triton_attention(q, k, v), attention.reference(q, k, v), **attention.tolerance(dtype)
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("splits", [2, 5])
+def test_split_keys_are_merged(queries, splits):
+    q, k, v = problem(2, 4, 2, queries, 150, 64)
+    out = attention.triton_attention(q, k, v, splits=splits, tiles=Tiles(16, 16, 4, 1))
+    torch.testing.assert_close(out, attention.reference(q, k, v), **attention.tolerance(torch.float32))
+
+
+def test_strided_inputs_as_a_model_makes_them():
+    q = torch.randn(2, 20, 4, 64).transpose(1, 2)
+    k, v = (torch.randn(2, 20, 2, 64).transpose(1, 2) for _ in range(2))
+    torch.testing.assert_close(
+        attention.triton_attention(q, k, v), attention.reference(q, k, v), **attention.tolerance(torch.float32)
+    )
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = problem(1, 2, 2, 20, 20, 64)
+    out = attention.triton_attention(q * 100, k * 100, v)
+    torch.testing.assert_close(out, attention.reference(q * 100, k * 100, v), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("queries,keys,causal", [(40, 40, True), (7, 40, True), (40, 7, True), (9, 30, False)])
+def test_gradients(queries, keys, causal, monkeypatch):
+    monkeypatch.setattr(_flash, "BACKWARD_ROWS", 16)
+    grads = []
+    for fn in (attention.reference, attention.triton_attention):
+        tensors = [x.requires_grad_() for x in problem(2, 4, 2, queries, keys, 32)]
+        (fn(*tensors, causal=causal) * torch.linspace(-1, 1, 32)).sum().backward()
+        grads.append([x.grad for x in tensors])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_user_mistakes_are_one_line():
+    q, k, v = problem(1, 4, 2, 3, 3, 64)
+    with pytest.raises(UserError, match="multiple of Hkv"):
+        attention.triton_attention(q[:, :3], k, v)
+    with pytest.raises(UserError, match="up to 128"):
+        attention.triton_attention(*problem(1, 1, 1, 2, 2, 130))
+    with pytest.raises(UserError, match="one type"):
+        attention.triton_attention(q.half(), k, v)
+
+
+@pytest.mark.parametrize("case", MATRICES[::2] + MATRICES[1::6], ids=str)
+def test_linear_matches_reference(case):
+    made = linear.inputs(linear.LinearShape(*case), "cpu", torch.float32, 0)
+    torch.testing.assert_close(
+        linear.triton_linear(**made), linear.reference(**made), **linear.tolerance(torch.float32)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_in_half_precision(rows, dtype):
+    made = linear.inputs(linear.LinearShape(rows, 40, 576, 4, 128, False), "cpu", dtype, 0)
+    for version in (linear.triton_linear, linear.dequantized_linear):
+        torch.testing.assert_close(version(**made), linear.reference(**made), **linear.tolerance(dtype))
+
+
+@pytest.mark.parametrize("bits,group,symmetric", GRIDS)
+def test_one_pass_dequantize(bits, group, symmetric):
+    packed = linear.quantize(torch.randn(5, 203), bits, group, symmetric)
+    assert torch.equal(_quantized.dense(packed, torch.float32), linear.dequantize(packed))
+
+
+def test_bias_and_leading_dimensions():
+    made = linear.inputs(linear.LinearShape(6, 12, 128, 4, 64, False), "cpu", torch.float32, 0)
+    x, bias = made["x"].view(2, 3, 128), torch.randn(12)
+    expected = linear.reference(x, made["weight"], bias)
+    assert expected.shape == (2, 3, 12)
+    for version in (linear.triton_linear, linear.linear, linear.dequantized_linear):
+        torch.testing.assert_close(version(x, made["weight"], bias), expected, **linear.tolerance(torch.float32))
+
+
+def test_the_technique_runs():
+    technique = build("triton_flash")
+    assert technique.unsupported(recipe("fp32"), device("cpu")) is None
+    made = run()
+    technique.apply(made)
+    q, k, v = problem(2, 9, 3, 9, 9, 64)
+    torch.testing.assert_close(made.part("attention")(q, k, v, causal=True, scale=None), attention.reference(q, k, v))
+
+
+def test_every_triton_version_is_offered_and_agrees():
+    for name in operations():
+        module = operation(name)
+        for shape in module.cases("cpu"):
+            arguments = module.inputs(shape, "cpu", torch.float32, 1)
+            found = module.implementations("cpu")["triton"](**arguments)
+            torch.testing.assert_close(found, module.reference(**arguments), **module.tolerance(torch.float32))
