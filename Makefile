@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-gpu lint format types wheelhouse install-offline clean
+.PHONY: setup demo test test-gpu lint format types readme wheelhouse install-offline clean
 
 setup: $(READY)
 
@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/dyno tune study=quickstart study.name=demo results_dir=results/demo --report report.html
+	$(BIN)/dyno tune study=quickstart study.name=demo study.time_budget_s=240 results_dir=results/demo --report report.html
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -53,3 +53,6 @@ install-offline:
 
 clean:
 	rm -rf $(VENV) build results/runs results/studies results/artifacts results/demo
+
+readme: $(READY)
+	$(BIN)/python benchmarks/readme.py

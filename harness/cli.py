@@ -102,17 +102,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.version:
-        from dyno import __version__
-
-        print(f"dyno {__version__}")
-        return OK
-    if not arguments.verb:
-        parser().print_help()
-        return USAGE
     from dyno.errors import UserError
 
     try:
+        if arguments.version:
+            from dyno import __version__
+
+            print(f"dyno {__version__}")
+            return OK
+        if not arguments.verb:
+            parser().print_help()
+            return USAGE
         return VERBS[arguments.verb](arguments)
     except UserError as error:
         print(f"dyno: {error}", file=sys.stderr)

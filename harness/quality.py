@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ def against(
         tokens_seen += targets.numel()
     out = summarise(torch.cat(losses).numpy(), workload["seq"])
     kl_rows, same_rows = torch.cat(divergences).numpy(), torch.cat(agreements).numpy()
-    out["kl_divergence"] = mean_metric(np.maximum(kl_rows, 0.0), "nats", tokens_seen)
-    out["top1_agreement"] = mean_metric(same_rows, "1", tokens_seen)
+    out["kl_divergence"] = bounded(mean_metric(np.maximum(kl_rows, 0.0), "nats", tokens_seen), 0.0, math.inf)
+    out["top1_agreement"] = bounded(mean_metric(same_rows, "1", tokens_seen), 0.0, 1.0)
     return out
 
 
@@ -84,6 +85,12 @@ def mean_metric(rows: np.ndarray, unit: str, tokens: int) -> Metric:
         return Metric(mean, unit, tokens, source="validation text, one window")
     half = 1.96 * float(rows.std(ddof=1)) / math.sqrt(len(rows))
     return Metric(mean, unit, tokens, mean - half, mean + half, source="validation text")
+
+
+def bounded(metric: Metric, low: float, high: float) -> Metric:
+    """An interval cut to the values that the quantity can take."""
+    assert metric.low is not None and metric.high is not None
+    return replace(metric, low=max(low, metric.low), high=min(high, metric.high))
 
 
 def summarise(losses: np.ndarray, seq: int) -> dict[str, Metric]:

@@ -57,7 +57,7 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient():
 
 
 def test_the_student_comes_to_agree_with_its_teacher(tmp_path):
-    teacher, student = tiny.model(0, sharpness=6.0), tiny.model(1, layers=1)
+    teacher, student = tiny.model(0, sharpness=8.0, tied_embeddings=False), tiny.model(1, layers=1)
     before_teacher = [p.clone() for p in teacher.parameters()]
 
     def figures():
@@ -67,7 +67,7 @@ def test_the_student_comes_to_agree_with_its_teacher(tmp_path):
     divergence, agreement = figures()
     run = distil(student, teacher, tmp_path, alpha=1.0, steps=60, lr=1e-2)
     assert figures()[0] < 0.3 * divergence
-    assert figures()[1] > agreement + 0.5
+    assert figures()[1] > agreement + 0.3
     assert run.details["distillation_loss"] < 1 and run.details["teacher_parameters"] > 0
     assert all(torch.equal(a, b) for a, b in zip(before_teacher, teacher.parameters(), strict=True))
     assert all(p.grad is None for p in teacher.parameters())

@@ -68,7 +68,8 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
 
 def technique_code(technique: Technique) -> str:
     """Digest of the module that a technique is written in."""
-    return digest(Path(inspect.getfile(type(technique))).read_text())
+    folder = Path(inspect.getfile(type(technique))).parent
+    return digest([path.read_text() for path in sorted(folder.glob("*.py"))])
 
 
 def inner_key(pipeline: Pipeline, technique: Technique) -> list[str]:

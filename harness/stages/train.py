@@ -62,6 +62,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         autocast=contextlib.nullcontext,
         scaler=None,
         weights_dtype=torch.float32,
+        matmul_dtype="fp32",
         call_block=call_plainly,
         forward=model,
         loss=plain_loss,
@@ -270,6 +271,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
         for _ in window.steps(warm.steps_to_fill if pipeline.ranks > 1 else None):
             trainer.step()
     steps = len(window.step_times_s)
+    window.dtype = run.part("matmul_dtype")
     window.tokens = steps * trainer.tokens_per_step
     window.flops = steps * step_flops(model.config, trainer.tokens_per_step, workload["seq"]) / pipeline.ranks
     trainer.finite_loss()

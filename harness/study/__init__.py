@@ -1,5 +1,5 @@
-"""Studies: an Optuna search over recipes that survives failures, interruptions and kill -9."""
+"""Studies: an Optuna search over recipes that any end, kill -9 included, leaves resumable."""
 
-from dyno.study.tune import tune
+from dyno.study.main import tune
 
 __all__ = ["tune"]

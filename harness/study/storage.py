@@ -1,83 +1,89 @@
-"""Where a study lives: a journal file that survives kill -9, or any Optuna storage URL."""
+"""Where a study's trials are kept: a journal file by default, any Optuna storage URL otherwise."""
 
 from __future__ import annotations
 
-import fcntl
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dyno.errors import UserError
+from dyno.study.locks import FileLock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-SAMPLERS = {
-    "tpe": "TPESampler",
-    "random": "RandomSampler",
-    "grid": "GridSampler",
-    "brute_force": "BruteForceSampler",
-    "nsga2": "NSGAIISampler",
-    "gp": "GPSampler",
-    "qmc": "QMCSampler",
-}
+
+@dataclass(frozen=True)
+class Place:
+    """The storage of a study as it is written, and the folder of its locks; `journal` is None for a URL."""
+
+    name: str
+    text: str
+    journal: Path | None
+    locks: Path
+
+    @classmethod
+    def of(cls, storage: str | None, name: str, results_dir: str | Path) -> Place:
+        folder = Path(results_dir) / "studies"
+        if storage and "://" in storage:
+            return cls(name, storage, None, folder / f"{name}.workers")
+        journal = Path(storage) if storage else folder / f"{name}.journal"
+        return cls(name, str(journal), journal, journal.parent / f"{name}.workers")
+
+    def open(self) -> BaseStorage:
+        """The Optuna storage, made if it is not there.
+
+        Raises:
+            UserError: it cannot be opened, or a journal holds what is none.
+        """
+        try:
+            self.locks.mkdir(parents=True, exist_ok=True)
+            return self._open_url() if self.journal is None else self._open_journal(self.journal)
+        except OSError as error:
+            raise UserError(f"study.storage {self.text} cannot be opened: {error}") from error
+
+    def _open_url(self) -> BaseStorage:
+        from optuna.storages import get_storage
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return get_storage(self.text)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise UserError(f"study.storage {self.text} cannot be opened: {str(error).splitlines()[0]}") from error
+
+    def _open_journal(self, path: Path) -> BaseStorage:
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        lock = FileLock(path.with_name(path.name + ".lock"))
+        lock.acquire()
+        try:
+            mend(path)
+        finally:
+            lock.release()
+        try:
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no journal of a study, or a damaged one: move it away; the same command then makes a new "
+                "one and takes over the runs that have records"
+            ) from error
 
 
-class KernelLock:
-    """A journal lock that the kernel releases with its process, and that mends a line which a killed writer cut short."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.held: IO[bytes] | None = None
-
-    def acquire(self) -> bool:
-        self.held = self.path.with_suffix(".lock").open("ab")
-        fcntl.flock(self.held, fcntl.LOCK_EX)
-        if self.path.exists() and self.path.stat().st_size:
-            data = self.path.read_bytes() if not _ends_whole(self.path) else b"\n"
-            if not data.endswith(b"\n"):
-                os.truncate(self.path, data.rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        if self.held is not None:
-            self.held.close()
-            self.held = None
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
-def open_storage(study: dict[str, Any], results_dir: Path) -> tuple[BaseStorage | str, str]:
-    """(storage, its name for people): the journal <results_dir>/studies/<name>.journal unless study.storage says else."""
-    where = study.get("storage")
-    if where and "://" in str(where):
-        return str(where), str(where)
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    path = Path(where) if where else results_dir / "studies" / f"{study['name']}.journal"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=KernelLock(path))), str(path)  # type: ignore[arg-type]
-
-
-def make_sampler(node: dict[str, Any], combinations: list[dict[str, Any]] | None, seed: int) -> Any:
-    """The sampler that conf/sampler names, seeded. AutoSampler is none of them: it fetches code at run time."""
-    import optuna
-
-    name = node["name"]
-    if name not in SAMPLERS:
-        raise UserError(f"sampler.name={name} is none of {', '.join(SAMPLERS)}")
-    options = {k: v for k, v in node.items() if k != "name"}
-    if name == "grid":
-        if combinations is None:
-            raise UserError("sampler=grid needs a space of choices and ranges; an interval has no grid")
-        keys = combinations[0]
-        options["search_space"] = {key: sorted({c[key] for c in combinations}, key=str) for key in keys}
-    try:
-        return getattr(optuna.samplers, SAMPLERS[name])(seed=seed, **options)
-    except TypeError as error:
-        raise UserError(f"sampler={name}: {error}") from error
+def mend(path: Path) -> None:
+    """Cut off a last line that a killed writer, or a full disk, left unfinished: nobody could append after it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            file.truncate(position)

@@ -37,6 +37,7 @@ class TF32(Technique):
         import torch
 
         torch.backends.cuda.matmul.fp32_precision = "tf32"
+        run.replace("matmul_dtype", "tf32", by=self)
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Autocast(Technique):
 
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float16
         kind = run.device.type
+        run.replace("matmul_dtype", "bf16" if dtype == torch.bfloat16 else "fp16", by=self)
         if run.stage == "infer":
             run.replace("weights_dtype", dtype, by=self)
             return
