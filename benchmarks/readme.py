@@ -59,7 +59,9 @@ def peer_table(where: Path) -> list[str]:
     ]
     for peer in json.loads((where / "peers.json").read_text()):
         memory_text = si(peer["peak_memory_bytes"], "B")
-        lines.append(f"| transformers + torch.compile, {peer['variant']} | {si(peer['tokens_per_s'])} | {memory_text} |")
+        lines.append(
+            f"| transformers + torch.compile, {peer['variant']} | {si(peer['tokens_per_s'])} | {memory_text} |"
+        )
     return lines
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 
 from dyno.artifacts import acting
 from dyno.axes import AXES, BY_NAME
@@ -30,7 +31,7 @@ from dyno.errors import Conflict, Unsupported, UserError
 from dyno.measure.environment import Device
 from dyno.measure.window import Meter
 from dyno.plan import predict, reasons, shape_of
-from dyno.recipe import Recipe, compose, groups, option_help
+from dyno.recipe import CONF, Recipe, compose, groups, option_help
 from dyno.record import to_json
 from dyno.stages import infer, train
 from dyno.technique import Baseline, Footprint, Technique
@@ -45,7 +46,10 @@ SMALL = [
     "measure.min_steps=2", "measure.max_steps=3", "measure.min_seconds=0.0", "measure.warmup_min_steps=2",
     "measure.warmup_max_steps=2", "measure.bootstrap=20",
 ]  # fmt: skip
-SMALLEST_MODEL = "model.layers=1,model.hidden=16,model.ffn_width=16,model.heads=2,model.kv_heads=1,model.head_dim=8"
+INNER = [
+    "model=draft", "model.layers=1", "model.hidden=16", "model.ffn_width=16", "model.heads=2", "model.kv_heads=1",
+    "model.head_dim=8", "workload.steps=1", "workload.seq=16",
+]  # fmt: skip
 WORKLOADS = {
     "train": ["workload=train", "workload.batch=4", "workload.seq=16", "workload.steps=2", "workload.eval_tokens=64"],
     "infer": ["workload=generate", "workload.batch=4", "workload.seq=16", "workload.steps=2",
@@ -53,7 +57,12 @@ WORKLOADS = {
     "data": ["workload=data"],
 }  # fmt: skip
 # Numbers that keep a technique small; anything not here runs as its file says.
-KNOBS = {"distillation.steps": ("2",), "accumulation.micro_batches": ("2",)}
+KNOBS = {
+    "distillation.steps": 2,
+    "accumulation.micro_batches": 2,
+    "distillation.teacher": INNER,
+    "decoding.draft": INNER,
+}
 
 
 def names(pair):
@@ -66,18 +75,20 @@ def measured(axis: str) -> str:
 
 
 @cache
+def base(workload: str) -> Recipe:
+    baselines = [f"{axis.name}={axis.baseline}" for axis in AXES if not axis.many]
+    return compose([*SMALL, *WORKLOADS[workload], *baselines])
+
+
+@cache
 def alone(axis: str, option: str, workload: str) -> Recipe:
-    """The smallest recipe with this one option off the baselines; a teacher or a draft shrinks too."""
-    chosen = f"{axis}=[{option}]" if BY_NAME[axis].many and option != "none" else f"{axis}={option}"
-    baselines = [f"{a.name}={a.baseline}" for a in AXES if not a.many and a.name != axis]
-    knobs = [f"{name}={value}" for name, (value,) in KNOBS.items() if name.startswith(f"{axis}.") and option != "none"]
-    recipe = compose([*SMALL, *WORKLOADS[workload], *baselines, chosen, *knobs])
-    (technique, *_) = recipe.techniques[axis] or [Baseline()]
-    if technique.subrecipe:
-        name = "teacher" if hasattr(technique, "teacher") else "draft"
-        recipe.config[axis][name] = ["model=draft", *SMALLEST_MODEL.split(","), "workload.steps=1", "workload.seq=16"]
-        recipe = Recipe(recipe.config, recipe.choices, recipe.overrides)
-    return recipe
+    """The smallest recipe with this one option off the baselines: merged, for composing takes 0.1 s each time."""
+    node = yaml.safe_load((CONF / axis / f"{option}.yaml").read_text())
+    for name in node:
+        node[name] = KNOBS.get(f"{axis}.{name}", node[name])
+    many = BY_NAME[axis].many
+    config = {**base(workload).config, axis: ({option: node} if option != "none" else {}) if many else node}
+    return Recipe(config, {**base(workload).choices, axis: [option] if many else option})
 
 
 def technique_of(axis: str, option: str) -> Technique:
@@ -85,6 +96,14 @@ def technique_of(axis: str, option: str) -> Technique:
 
 
 # The file, the module and the class
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=names)
+def test_an_option_composes(option):
+    axis, name = option
+    recipe = compose([f"{axis}=[{name}]" if BY_NAME[axis].many and name != "none" else f"{axis}={name}"])
+    assert [type(t) for t in recipe.techniques[axis]] in ([type(technique_of(*option))], [])
+    assert recipe.option(axis) == name
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=names)
@@ -98,7 +117,9 @@ def test_an_option_has_help_a_source_and_plain_knobs(option):
     assert type(technique).__module__.startswith(f"dyno.techniques.{option[0]}.")
     text = inspect.getdoc(type(technique)) or ""
     if option[1] != BY_NAME[option[0]].baseline:
-        assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi:|Source:|Paper", text), f"{type(technique)} names no source"
+        assert re.search(r"(arXiv:|arxiv\.org/abs/)\d{4}\.\d{4,5}|doi:|Source:", text), (
+            f"{type(technique)} names no source"
+        )
     known = {f.name for f in dataclasses.fields(technique)}
     node = alone(*option, measured(option[0])).config[option[0]]
     node = node[option[1]] if BY_NAME[option[0]].many else node
@@ -122,7 +143,10 @@ def test_the_baselines_exist_and_run_everywhere():
     for axis in AXES:
         assert axis.baseline in groups()[axis.name]
         for device in (CPU, GPU):
-            assert technique_of(axis.name, axis.baseline).unsupported(alone(axis.name, axis.baseline, "train"), device) is None
+            assert (
+                technique_of(axis.name, axis.baseline).unsupported(alone(axis.name, axis.baseline, "train"), device)
+                is None
+            )
 
 
 def test_no_technique_module_imports_torch():
@@ -176,7 +200,7 @@ def test_an_option_runs_alone_and_every_metric_is_a_value_or_a_reason(run, resul
     }[workload]  # fmt: skip
     assert wanted <= metrics.keys() and len(key) == 24
     for name, metric in json.loads(json.dumps(to_json(metrics), allow_nan=False)).items():
-        assert metric["unit"], name
+        assert isinstance(metric["unit"], str), name
         if metric["value"] is None:
             assert len(metric["reason"]) > 5, name
         else:
@@ -240,9 +264,10 @@ def apply(recipe: Recipe, run: Any) -> None:
 
 
 @pytest.fixture
-def _no_inductor(monkeypatch):
+def _no_inductor():
     """compile=on takes its place in the run, but nothing is generated: that costs seconds and is tested alone."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def workloads_of(pair) -> list[str]:
@@ -256,8 +281,10 @@ def workloads_of(pair) -> list[str]:
 
 
 @pytest.mark.parametrize("first", sorted({pair[0] for pair in PAIRS}), ids=names)
-def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, _no_inductor):
+def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, monkeypatch, _no_inductor):
     """One step of every stage; or a reason, told before the run (unsupported, the plan) or by a typed refusal in it."""
+    composed = cache(lambda *overrides: compose(list(overrides)))
+    monkeypatch.setattr("dyno.plan.compose", lambda overrides, plugins: composed(*overrides))
     ran = 0
     for pair in [p for p in PAIRS if p[0] == first]:
         for workload in workloads_of(pair):
@@ -265,6 +292,7 @@ def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, _no_i
             plan = predict(recipe, CPU)
             assert math.isfinite(plan.peak_memory_bytes)
             if plan.reasons:
+                print("REASON", pair, plan.reasons)
                 named = {f"{axis}={option}" for axis, option in pair}
                 assert all(reason.split(": ")[0] in named for reason in plan.reasons), plan.reasons
                 continue
@@ -274,6 +302,7 @@ def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, _no_i
                 one_step(recipe, tmp_path)
                 ran += 1
             except (Conflict, Unsupported, UserError) as refusal:
+                print("REFUSED", pair, refusal)
                 assert len(str(refusal)) > 15
             except Exception as error:
                 raise AssertionError(f"{names(pair)} in {workload}: {type(error).__name__}: {error}") from error

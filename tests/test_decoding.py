@@ -91,7 +91,7 @@ def test_rewound_cache_forgets_and_overwrites():
 
 def naive_distribution(logits, temperature, top_k, top_p):
     """One row, by the definition: rank, keep the k best, keep the smallest set whose share reaches p."""
-    weights = {i: p for i, p in enumerate((logits.double() / temperature).softmax(0).tolist())}
+    weights = dict(enumerate((logits.double() / temperature).softmax(0).tolist()))
     ranked = sorted(weights, key=weights.__getitem__, reverse=True)
     if top_k:
         ranked = ranked[:top_k]

@@ -37,6 +37,8 @@ def roofline_metrics(
     """
     out: dict[str, Metric] = {}
     matrix, copy = _measured(ceilings, dtype)
+    peak: float | None
+    bandwidth: float | None
     if not flops:
         out["mfu"] = unmeasured("", "the window counted no FLOPs")
     else:

@@ -82,7 +82,7 @@ def _rate(r: Readings) -> Metric:
     mean = float(np.mean(r.step_times_s)) if len(r.step_times_s) else 0.0
     rate = r.tokens / r.seconds
     bounds = (None, None) if low is None or high is None else (rate * mean / high, rate * mean / low)
-    return Metric(rate, "token/s", max(1, len(r.step_times_s)), *bounds, source=r.clock)
+    return Metric(rate, "token/s", max(1, len(r.step_times_s)), bounds[0], bounds[1], r.clock)
 
 
 def _energy_metrics(r: Readings) -> dict[str, Metric]:

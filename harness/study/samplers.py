@@ -28,7 +28,6 @@ def make(node: Any, trials_before: int, worker: int) -> BaseSampler:
     knobs = dict(node) if isinstance(node, dict) else {}
     name, seed = knobs.pop("name", None), knobs.pop("seed", 0)
     if name == ENUMERATION:
-        order(node)
         return optuna.samplers.RandomSampler(seed=seed)
     if name not in NAMES:
         raise UserError(f"sampler.name is {name!r}{close(str(name), {*NAMES, ENUMERATION})}")
@@ -42,7 +41,7 @@ def make(node: Any, trials_before: int, worker: int) -> BaseSampler:
 
 def order(node: dict[str, Any]) -> str | None:
     """In which order a sampler tries every combination: written or random; None if it does not."""
-    if node["name"] != ENUMERATION:
+    if node.get("name") != ENUMERATION:
         return None
     if node.get("order") not in ("written", "random"):
         raise UserError(f"sampler.order is {node.get('order')!r}; it is written or random")

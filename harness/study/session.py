@@ -20,7 +20,7 @@ from dyno.study.locks import FileLock, Owner
 from dyno.study.settings import Settings
 
 MOST_BARREN = 100  # suggestions in a row that gave no run
-PATIENCE = 8  # of them, before a finite space is walked instead
+PATIENCE = 4  # of them, before a finite space is walked instead
 YOUNG_S = 60.0  # a remote trial without an owner may be another machine's, between two writes
 
 
@@ -142,6 +142,12 @@ class Session:
                 return made
         return None
 
+    def twin(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
+        """{hash, overrides} of the recipe at a point of the space, where a finished trial has composed it before."""
+        point = self.settings.space.tidy(params)
+        same = (t for t in self.trials() if t.state.is_finished() and "result" in t.user_attrs and self._point(t) == point)
+        return next((t.user_attrs["recipe"] for t in same), None)
+
     # what a killed worker left
 
     def _is_alive(self, trial: Any) -> bool:
@@ -209,8 +215,6 @@ class Session:
     def queue_next(self, barren: int) -> None:
         """Choose the next point where that is not left to the sampler. Inside the gate."""
         walks = samplers.order(self.settings.sampler) is not None
-        if walks and not self.settings.space.combinations():
-            raise UserError("this sampler needs a finite space of at most 20,000 combinations: intervals have too many")
         if (walks or barren >= PATIENCE) and not any(t.state.name == "WAITING" for t in self.trials()):
             point = self.untried()
             if point is not None:

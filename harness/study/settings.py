@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyno.errors import UserError
 from dyno.recipe import Recipe, close, compose, parse
+from dyno.study import samplers
 from dyno.study.goals import Goals, constraint, objective
 from dyno.study.space import Parameter, Space, Value, conditions, parameter, value_of
 from dyno.study.storage import Place
@@ -77,14 +78,16 @@ class Settings:
             "space": self.space.describe(),
         }
 
-    @property
-    def resume_command(self) -> str:
-        plugins = [word for folder in self.plugins for word in ("--plugins", folder)]
-        return shlex.join(["dyno", "tune", *self.command, *plugins])
+    def tune_command(self, *more: str) -> str:
+        """The words that make the study go on, with other overrides in place of their own."""
+        return self._words("tune", merge([*self.command, *more]))
 
     def run_command(self, overrides: list[str]) -> str:
+        return self._words("run", overrides)
+
+    def _words(self, verb: str, overrides: list[str]) -> str:
         plugins = [word for folder in self.plugins for word in ("--plugins", folder)]
-        return shlex.join(["dyno", "run", *overrides, *plugins])
+        return shlex.join(["dyno", verb, *overrides, *plugins])
 
 
 def key_of(override: str) -> str:
@@ -116,6 +119,9 @@ def read(command: list[str], plugins: list[str]) -> Settings:
     overrides = merge([*_when_met(study["overrides"], first, device.kind), *fixed])
     base = compose(overrides, plugins)
     name = str(study["name"])
+    space = _space(study["space"], sweeps, [key_of(o) for o in fixed], base, device.kind)
+    if samplers.order(sampler) and not space.combinations():
+        raise UserError("this sampler tries every combination, and an interval, or more than 20,000 values, has too many")
     return Settings(
         name=name,
         place=Place.of(study["storage"], name, base.config["results_dir"]),
@@ -123,7 +129,7 @@ def read(command: list[str], plugins: list[str]) -> Settings:
         time_budget_s=study["time_budget_s"],
         workers=None if study["workers"] == "auto" else study["workers"],
         goals=_goals(study, base),
-        space=_space(study["space"], sweeps, [key_of(o) for o in fixed], base, device.kind),
+        space=space,
         overrides=overrides,
         baseline=study["baseline"],
         sampler=sampler,
@@ -192,7 +198,9 @@ def _when_met(nodes: list[Any], recipe: Recipe, device: str) -> list[str]:
             found.append(node)
             continue
         if not isinstance(node, dict) or set(node) != {"set", "when"} or not isinstance(node["set"], list):
-            raise UserError(f"study.overrides: {node!r} is neither 'key=value' nor {{set: [key=value], when: key=value}}")
+            raise UserError(
+                f"study.overrides: {node!r} is neither 'key=value' nor {{set: [key=value], when: key=value}}"
+            )
         met = conditions(node["when"], "study.overrides")
         if all(c.holds(lambda key: device if key == "device" else value_of(recipe, key)) for c in met):
             found += node["set"]
@@ -218,7 +226,9 @@ def _space(nodes: dict[str, Any], sweeps: dict[str, str], fixed: list[str], base
         values, when = node, ()
         if isinstance(node, dict):
             if set(node) != {"values", "when"}:
-                raise UserError(f"study.space.{key}: {node!r} is neither a sweep nor {{values: a sweep, when: key=value}}")
+                raise UserError(
+                    f"study.space.{key}: {node!r} is neither a sweep nor {{values: a sweep, when: key=value}}"
+                )
             values, when = node["values"], conditions(node["when"], f"study.space.{key}")
         parameters[key] = parameter(str(key), str(values), when)
     for key, text in sweeps.items():

@@ -27,7 +27,10 @@ class Contiguous(Technique):
 
 @dataclass
 class Recompute(Technique):
-    """No cache: every pass recomputes the whole context. The baseline that a cache is compared with."""
+    """No cache: every pass recomputes the whole context, which is what a cache is compared with.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, decoding as first described.
+    """
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(kv_cache_factor=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyno.errors import UserError
 from dyno.technique import Footprint, Run, Shape, Technique
@@ -48,7 +48,7 @@ class FFNChannels(Technique):
         before = sum(p.numel() for p in model.parameters())
         width = self.kept(model.config.ffn_width)
         for index, block in enumerate(model.blocks):
-            mlp = block.mlp
+            mlp: Any = block.mlp
             found = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
             if not all(isinstance(layer, nn.Linear) for layer in found):
                 raise UserError(f"ffn_channels needs plain gate, up and down projections; block {index} has others")

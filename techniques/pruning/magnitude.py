@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyno.errors import UserError
 from dyno.technique import Run, Technique
@@ -43,7 +43,7 @@ class Magnitude(Technique):
         layers = linears(run.model, self.skip)
         if not layers:
             raise UserError("pruning.skip leaves no linear layer to prune")
-        weights = [layer.weight for layer in layers.values()]
+        weights: list[Any] = [layer.weight for layer in layers.values()]
         for chosen in [weights] if self.scope == "global" else [[weight] for weight in weights]:
             prune(chosen, self.sparsity)
         zeros = {name: int((layer.weight == 0).sum()) for name, layer in layers.items()}
