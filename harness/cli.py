@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--constraint", action="append", default=[], help="such as 'peak_memory_bytes <= 8e9'; drawn in the plots"
     )
+    report.add_argument("--baseline", metavar="ID", help="the run that ratios are taken over; default: the plainest")
     listing = verb("list", "axes, options and knobs", "  dyno list\n  dyno list quantization\n  dyno list model")
     listing.add_argument("group", nargs="?")
     listing.add_argument("--plugins", action="append", default=[], metavar="DIR")
@@ -201,6 +202,7 @@ def tune(arguments: argparse.Namespace) -> int:
         report.write(
             summary["results_dir"], arguments.report, title=summary["name"],
             constraints=summary["constraints"], objectives=[tuple(o) for o in summary["objectives"]],
+            baseline_id=baseline["id"] if (baseline := summary["baseline"]) and baseline["status"] == "ok" else None,
         )  # fmt: skip
         print(f"report: {arguments.report}", file=sys.stderr)
     print(json.dumps(summary, default=str))
@@ -260,7 +262,13 @@ def compare(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from dyno import report as reporting
 
-    reporting.write(arguments.directory, arguments.output, title=arguments.title, constraints=arguments.constraint)
+    reporting.write(
+        arguments.directory,
+        arguments.output,
+        title=arguments.title,
+        constraints=arguments.constraint,
+        baseline_id=arguments.baseline,
+    )
     print(arguments.output)
     return OK
 

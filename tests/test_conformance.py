@@ -292,7 +292,6 @@ def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, monke
             plan = predict(recipe, CPU)
             assert math.isfinite(plan.peak_memory_bytes)
             if plan.reasons:
-                print("REASON", pair, plan.reasons)
                 named = {f"{axis}={option}" for axis, option in pair}
                 assert all(reason.split(": ")[0] in named for reason in plan.reasons), plan.reasons
                 continue
@@ -302,7 +301,6 @@ def test_an_option_runs_with_every_option_of_another_axis(first, tmp_path, monke
                 one_step(recipe, tmp_path)
                 ran += 1
             except (Conflict, Unsupported, UserError) as refusal:
-                print("REFUSED", pair, refusal)
                 assert len(str(refusal)) > 15
             except Exception as error:
                 raise AssertionError(f"{names(pair)} in {workload}: {type(error).__name__}: {error}") from error

@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 
+from dyno.model.decoder import plain_attention
+from dyno.stages import infer
 from dyno.techniques.decoding import _speculation
 from dyno.techniques.decoding._sampling import Reader, distribution
 from dyno.techniques.decoding.sampling import Greedy, Sampling
@@ -144,7 +146,7 @@ def test_sampling_is_seeded_and_temperature_zero_is_greedy():
 
 # Speculation
 
-VOCAB = 11
+VOCAB, SESSIONS = 11, 600
 PAIR = {
     "vocab_size": VOCAB, "layers": 1, "hidden": 16, "ffn_width": 16, "heads": 2, "kv_heads": 1,
     "tied_embeddings": False,
@@ -184,7 +186,10 @@ def p_value(counts, expected):
 
 
 def speculative_p_value(sessions, **knobs):
-    """The smallest p over the rows of the batch (times their number), of the first three tokens; mean tokens a pass."""
+    """The smallest of the p-values (times their number), and mean tokens a pass.
+
+    For each row of the batch: the joint law of the first three tokens, of the first two and of the last two of them.
+    """
     target, draft = pair()
     technique = Speculative(draft=[], draft_length=2, **knobs)
     counts = torch.zeros(len(SHORT), VOCAB, VOCAB, VOCAB, dtype=torch.long)
@@ -197,12 +202,16 @@ def speculative_p_value(sessions, **knobs):
             counts[row, a, b, c] += 1
     cuts = {k: v for k, v in knobs.items() if k in ("temperature", "top_k", "top_p")}
     joint = [exact_joint(target, prompt[None], **cuts) for prompt in SHORT]
-    p = min(p_value(seen, exact * sessions) for seen, exact in zip(counts, joint, strict=True))
-    return p * len(SHORT), gained / passes / len(SHORT)
+    p = [
+        p_value(seen, exact * sessions)
+        for three, law in zip(counts, joint, strict=True)
+        for seen, exact in ((three, law), (three.sum(2), law.sum(2)), (three.sum(0), law.sum(0)))
+    ]
+    return min(p) * len(p), gained / passes / len(SHORT)
 
 
 def test_speculation_is_exact_in_distribution():
-    p, per_pass = speculative_p_value(1000)
+    p, per_pass = speculative_p_value(SESSIONS)
     assert p > 1e-4
     assert 1.2 < per_pass < 2.5  # both acceptances and rejections happened
 
@@ -247,7 +256,7 @@ def broken(p, q, drafted, generator, ratio=None, residual=None, keep_longer=True
 @pytest.mark.parametrize("name", mutants())
 def test_the_exactness_test_finds_a_mutated_verify(name, monkeypatch):
     monkeypatch.setattr(_speculation, "verify", mutants()[name])
-    assert speculative_p_value(300)[0] < 1e-4
+    assert speculative_p_value(SESSIONS)[0] < 1e-4
 
 
 def test_the_second_writing_of_verify_is_right_without_a_mutation(monkeypatch):
@@ -319,3 +328,15 @@ def test_speculation_rewinds_to_its_first_token():
 def test_impossible_knobs_are_told_before_any_work(technique, knobs):
     assert "temperature >= 0, top_k >= 0 and 0 < top_p <= 1" in technique(**knobs).unsupported(None, None)
     assert technique().unsupported(None, None) is None
+
+
+def test_a_draft_is_served_like_its_target(tmp_path):
+    """Same attention kernel and number format, or the draft would be timed at another's speed."""
+    pipeline = tiny.pipeline(
+        tmp_path, "workload=generate", "decoding=speculative", "attention=sdpa_math", "precision=bf16"
+    )
+    pipeline.build_model = lambda overrides: tiny.model(1)
+    target = tiny.model()
+    run = infer.prepared_run(pipeline, target)
+    assert run.draft.attend is target.attend is run.part("attention") is not plain_attention
+    assert {p.dtype for p in run.draft.parameters()} == {p.dtype for p in target.parameters()} == {torch.bfloat16}

@@ -57,6 +57,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder) -> Run:
             model.call_block = run.part("call_block")
     cast(model, run.part("weights_dtype"))
     if run.draft is not None:
+        run.draft.attend = run.part("attention")
         cast(run.draft, run.part("weights_dtype"))
     return run
 

@@ -158,6 +158,13 @@ class Trainer:
             )
         return loss
 
+    def mean_loss(self) -> float:
+        """The last step's loss over the rows of all ranks, which call this together."""
+        loss = torch.tensor(self.finite_loss(), device=self.run.device)
+        if self.run.ranks > 1:
+            torch.distributed.all_reduce(loss)
+        return float(loss) / self.run.ranks
+
 
 def key(pipeline: Pipeline, data_key: str) -> str:
     config = pipeline.recipe.config
@@ -257,7 +264,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     warm = bench.warm_up(meter, trainer.step)
     metrics = warm.metrics
     trainer.train(max(0, workload["steps"] - trainer.steps), pipeline.progress)
-    metrics["train_loss"] = Metric(trainer.finite_loss(), "nats", source=f"step {trainer.steps}")
+    metrics["train_loss"] = Metric(trainer.mean_loss(), "nats", source=f"step {trainer.steps}")
     if trainer.steps == workload["steps"] or workload["steps"] == 0:
         held_out = np.load(data_path / "validation.npy", mmap_mode="r")
         with run.part("autocast")():

@@ -92,15 +92,16 @@ class Loop:
         session = self.session
         trial.set_user_attr("owner", session.owner.mark)
         words = session.settings.trial_overrides(session.settings.space.suggest(trial))
-        recipe, why, twin = None, "", session.twin(trial.params)
-        name, overrides = (twin["hash"], twin["overrides"]) if twin else ("-" + digest(words)[:15], words)
-        try:
-            if twin is None:
+        known, recipe = session.known_at(trial.params), None
+        name, overrides, why = "-" + digest(words)[:15], words, ""
+        if known is None:
+            try:
                 recipe = session.settings.recipe(words)
-                name, overrides = recipe.hash, recipe.overrides
-        except UserError as error:  # two options that do not go together
-            why = str(error)
-        known = session.tried().get(name)
+                name, overrides, known = recipe.hash, recipe.overrides, session.tried().get(recipe.hash)
+            except UserError as error:  # two options that do not go together
+                why = str(error)
+        if known is not None:
+            name, overrides = known.hash, known.overrides
         in_hand = any(t.user_attrs.get("recipe", {}).get("hash") == name for t in session.running())
         trial.set_user_attr("recipe", {"hash": name, "overrides": overrides})
         session.gate.release()
@@ -110,7 +111,6 @@ class Loop:
         elif in_hand:
             result = _unmeasured("repeat", "another worker is at this recipe") | {"repeat": True}
         else:
-            recipe = session.settings.recipe(words) if twin else recipe
             result = self.result(recipe) if recipe is not None else _unmeasured("unsupported", why)
         trial.set_user_attr("result", result)
         fresh = not result.get("repeat")

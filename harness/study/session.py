@@ -142,11 +142,15 @@ class Session:
                 return made
         return None
 
-    def twin(self, params: Mapping[str, Any]) -> dict[str, Any] | None:
-        """{hash, overrides} of the recipe at a point of the space, where a finished trial has composed it before."""
-        point = self.settings.space.tidy(params)
-        same = (t for t in self.trials() if t.state.is_finished() and "result" in t.user_attrs and self._point(t) == point)
-        return next((t.user_attrs["recipe"] for t in same), None)
+    def known_at(self, params: Mapping[str, Any]) -> Tried | None:
+        """What is known of a point of the space from a finished trial there, without composing its recipe again."""
+        point, tried = self.settings.space.tidy(params), self.tried()
+        hashes = [
+            t.user_attrs["recipe"]["hash"]
+            for t in self.trials()
+            if "result" in t.user_attrs and self._point(t) == point
+        ]
+        return next((tried[name] for name in hashes if name in tried), None)
 
     # what a killed worker left
 

@@ -121,7 +121,9 @@ def read(command: list[str], plugins: list[str]) -> Settings:
     name = str(study["name"])
     space = _space(study["space"], sweeps, [key_of(o) for o in fixed], base, device.kind)
     if samplers.order(sampler) and not space.combinations():
-        raise UserError("this sampler tries every combination, and an interval, or more than 20,000 values, has too many")
+        raise UserError(
+            "this sampler tries every combination, and an interval, or more than 20,000 values, has too many"
+        )
     return Settings(
         name=name,
         place=Place.of(study["storage"], name, base.config["results_dir"]),

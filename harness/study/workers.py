@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import IO, Any
 
 from dyno import processes
 from dyno.errors import UserError
 from dyno.study.settings import Settings
 
+Say = Callable[[str], None]
 COMMAND = [sys.executable, "-m", "dyno.study.worker"]
 INTERRUPTED = 130
 PATIENCE_S = 20.0  # for a worker to queue its trial again after Ctrl-C
@@ -44,8 +44,8 @@ def gpu_masks(number: int) -> list[str]:
 def run(
     settings: Settings,
     masks: list[str],
-    progress: Callable[[str], None],
-    say: Callable[[str], None],
+    progress: Say,
+    say: Say,
     deadline: float | None,
 ) -> tuple[str, bool]:
     """Start the workers and relay what they say until all have ended: (why they stopped, whether one was lost).
@@ -54,7 +54,7 @@ def run(
         UserError: a worker met a mistake of the user or a bench that cannot work.
         KeyboardInterrupt: after every worker was told, and has queued its trial again.
     """
-    workers: list[subprocess.Popen[str]] = []
+    workers: list[subprocess.Popen[bytes]] = []
     reasons: list[str] = []
     try:
         for index, mask in enumerate(masks):
@@ -75,7 +75,7 @@ def run(
     return (ended or reasons or ["every worker was lost"])[0], any(codes)
 
 
-def _start(settings: Settings, index: int, mask: str, workers: int, deadline: float | None) -> subprocess.Popen[str]:
+def _start(settings: Settings, index: int, mask: str, workers: int, deadline: float | None) -> subprocess.Popen[bytes]:
     request = {
         "command": settings.command,
         "plugins": settings.plugins,
@@ -85,44 +85,48 @@ def _start(settings: Settings, index: int, mask: str, workers: int, deadline: fl
     }
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": mask, processes.RUNNER: str(os.getpid())}
     worker = subprocess.Popen(
-        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True
+        COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
     )
     assert worker.stdin is not None
     with contextlib.suppress(BrokenPipeError), worker.stdin as pipe:
-        pipe.write(json.dumps(request))
+        pipe.write(json.dumps(request).encode())
     return worker
 
 
-def _relay(
-    workers: list[subprocess.Popen[str]],
-    progress: Callable[[str], None],
-    say: Callable[[str], None],
-    reasons: list[str],
-) -> None:
+def _relay(workers: list[subprocess.Popen[bytes]], progress: Say, say: Say, reasons: list[str]) -> None:
     """Hand on the workers' JSON lines until every one has closed its end."""
+    rests = [b""] * len(workers)
     with selectors.DefaultSelector() as selector:
         for index, worker in enumerate(workers):
             assert worker.stdout is not None
-            selector.register(worker.stdout, selectors.EVENT_READ, index)
+            selector.register(worker.stdout.fileno(), selectors.EVENT_READ, index)
         while selector.get_map():
             for key, _ in selector.select():
-                pipe: IO[str] = key.fileobj  # type: ignore[assignment]
-                line = pipe.readline()
-                if not line:
-                    selector.unregister(pipe)
-                    continue
-                message: dict[str, Any] = json.loads(line)
-                if "progress" in message:
-                    progress(f"gpu {key.data}: {message['progress']}")
-                elif "say" in message:
-                    say(message["say"])
-                else:
-                    reasons.append(message["end"])
-        for worker in workers:
-            worker.wait()
+                data = os.read(key.fd, 65536)
+                if not data:
+                    selector.unregister(key.fd)
+                *lines, rests[key.data] = (rests[key.data] + data).split(b"\n")
+                for line in lines:
+                    _hand_on(key.data, line, progress, say, reasons)
+    for worker in workers:
+        worker.wait()
 
 
-def _interrupt(workers: list[subprocess.Popen[str]]) -> None:
+def _hand_on(index: int, line: bytes, progress: Say, say: Say, reasons: list[str]) -> None:
+    try:
+        message = json.loads(line)
+        kind, text = next(iter(message.items()))
+    except (ValueError, AttributeError, StopIteration):  # a plug-in printed something
+        kind, text = "progress", line.decode(errors="replace")
+    if kind == "say":
+        say(text)
+    elif kind == "end":
+        reasons.append(text)
+    else:
+        progress(f"gpu {index}: {text}")
+
+
+def _interrupt(workers: list[subprocess.Popen[bytes]]) -> None:
     for worker in workers:
         with contextlib.suppress(ProcessLookupError):
             worker.send_signal(signal.SIGINT)
