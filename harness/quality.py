@@ -89,7 +89,8 @@ def mean_metric(rows: np.ndarray, unit: str, tokens: int) -> Metric:
 
 def bounded(metric: Metric, low: float, high: float) -> Metric:
     """An interval cut to the values that the quantity can take."""
-    assert metric.low is not None and metric.high is not None
+    if metric.low is None or metric.high is None:
+        return metric
     return replace(metric, low=max(low, metric.low), high=min(high, metric.high))
 
 

@@ -68,6 +68,18 @@ def test_the_interval_is_over_windows_and_one_window_has_none():
     assert all(metric.low is None and metric.high is None for metric in alone.values())
 
 
+def test_intervals_stay_where_the_quantity_can_be():
+    model = tiny.model(sharpness=6.0)
+    nearly = tiny.model(sharpness=6.0)
+    with torch.no_grad():
+        nearly.embed.weight.add_(
+            0.05 * torch.randn(nearly.embed.weight.shape, generator=torch.Generator().manual_seed(0))
+        )
+    found = against(nearly, model)
+    assert found["kl_divergence"].value > 0 and found["kl_divergence"].low >= 0
+    assert found["top1_agreement"].low <= found["top1_agreement"].value <= found["top1_agreement"].high <= 1
+
+
 def test_no_evaluation_is_no_figure_but_a_reason():
     off = {**WORKLOAD, "eval_tokens": 0}
     for found in (quality.loss_metrics(tiny.model(), TEXT, off, tiny.CPU), against(tiny.model(), tiny.model(), off)):

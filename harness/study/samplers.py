@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from dyno.errors import UserError
@@ -34,7 +35,9 @@ def make(node: Any, trials_before: int, worker: int) -> BaseSampler:
     if NAMES[name] and seed is not None:
         seed = random.Random(f"{seed}/{trials_before}/{worker}").randrange(2**31)
     try:
-        return getattr(optuna.samplers, name)(seed=seed, **knobs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return getattr(optuna.samplers, name)(seed=seed, **knobs)
     except (TypeError, ValueError) as error:
         raise UserError(f"sampler {name}: {error}") from error
 

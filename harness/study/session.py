@@ -19,7 +19,7 @@ from dyno.study.goals import Verdict
 from dyno.study.locks import FileLock, Owner
 from dyno.study.settings import Settings
 
-MOST_BARREN = 100  # suggestions in a row that gave no run
+MOST_BARREN = 50  # suggestions in a row that gave no run
 PATIENCE = 4  # of them, before a finite space is walked instead
 YOUNG_S = 60.0  # a remote trial without an owner may be another machine's, between two writes
 
@@ -59,7 +59,7 @@ class Session:
         self.settings = settings
         self.storage = settings.place.open()
         self.gate = FileLock(settings.place.locks / "gate")
-        directions = [o.direction for o in settings.goals.objectives]
+        directions: list[Any] = [o.direction for o in settings.goals.objectives]
         self.gate.acquire()
         try:
             self.study = optuna.create_study(
@@ -109,8 +109,9 @@ class Session:
 
     def tried(self) -> dict[str, Tried]:
         """Every distinct recipe that has a result, by its hash, the baseline first."""
-        found = {}
-        entries = [self.baseline] if self.baseline else []
+        found: dict[str, Tried] = {}
+        goals, base, figures = self.settings.goals, self.baseline, self.baseline_metrics
+        entries = [base] if base else []
         entries += [
             {**t.user_attrs["recipe"], "result": t.user_attrs["result"]}
             for t in self.trials()
@@ -118,7 +119,9 @@ class Session:
         ]
         for entry in entries:
             result = entry["result"]
-            found.setdefault(entry["hash"], Tried(entry["hash"], entry["overrides"], result, self.judge(result)))
+            found.setdefault(
+                entry["hash"], Tried(entry["hash"], entry["overrides"], result, goals.judge(result, figures))
+            )
         return found
 
     def done(self) -> int:

@@ -11,7 +11,7 @@ from dyno.errors import UserError
 from dyno.recipe import Recipe, close, compose, parse
 from dyno.study import samplers
 from dyno.study.goals import Goals, constraint, objective
-from dyno.study.space import Parameter, Space, Value, conditions, parameter, value_of
+from dyno.study.space import Condition, Parameter, Space, Value, conditions, parameter, value_of
 from dyno.study.storage import Place
 
 if TYPE_CHECKING:
@@ -225,7 +225,8 @@ def _goals(study: dict[str, Any], base: Recipe) -> Goals:
 def _space(nodes: dict[str, Any], sweeps: dict[str, str], fixed: list[str], base: Recipe, device: str) -> Space:
     parameters: dict[str, Parameter] = {}
     for key, node in nodes.items():
-        values, when = node, ()
+        values: Any = node
+        when: tuple[Condition, ...] = ()
         if isinstance(node, dict):
             if set(node) != {"values", "when"}:
                 raise UserError(

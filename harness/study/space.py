@@ -123,12 +123,15 @@ def parameter(key: str, text: str, when: tuple[Condition, ...] = ()) -> Paramete
     if not override.is_sweep_override():
         return Parameter(key, choices=(override.get_value_element_as_str(),), when=when)
     sweep = override.value()
-    strange = sweep.tags - {"log"}
+    tags = getattr(sweep, "tags", set())  # a glob has none
+    strange = sorted(tags - {"log"})
     if strange:
-        raise UserError(f"{where}: there is no tag '{min(strange)}'; the only one is log")
-    log = "log" in sweep.tags
+        raise UserError(f"{where}: there is no tag '{strange[0]}'; the only one is log")
+    log, step = "log" in tags, None
+    low: int | float
+    high: int | float
     if override.is_interval_sweep():
-        low, high, step = sweep.start, sweep.end, None
+        low, high = sweep.start, sweep.end
     elif override.is_range_sweep():
         try:
             numbers = sorted(float(value) for value in sweep.range())
@@ -137,8 +140,9 @@ def parameter(key: str, text: str, when: tuple[Condition, ...] = ()) -> Paramete
         if not numbers:
             raise UserError(f"{where} holds no value; the end of a range does not belong to it")
         whole = all(isinstance(x, int) for x in (sweep.start, sweep.stop, sweep.step))
-        kind, step = (int, abs(int(sweep.step))) if whole else (float, abs(float(sweep.step)))
-        low, high = kind(f"{numbers[0]:.12g}"), kind(f"{numbers[-1]:.12g}")
+        step, low, high = abs(float(sweep.step)), float(f"{numbers[0]:.12g}"), float(f"{numbers[-1]:.12g}")
+        if whole:
+            step, low, high = int(step), int(low), int(high)
     else:
         if log:
             raise UserError(f"{where}: the tag log is for range and interval")
@@ -238,7 +242,11 @@ class Space:
     def samples(self) -> list[dict[str, Value]]:
         """A few points that between them show every value of a choice: what is checked before any work."""
         most = max((len(p.choices) or 1 for p in self.parameters), default=1)
-        return [self.choose(lambda p, i=i: p.choices[i % len(p.choices)] if p.choices else p.low) for i in range(most)]
+
+        def first(i: int) -> Callable[[Parameter], Value]:
+            return lambda p: p.choices[i % len(p.choices)] if p.choices else p.low
+
+        return [self.choose(first(i)) for i in range(most)]
 
     def describe(self) -> dict[str, Any]:
         """As JSON: a study's space must not change while it is under way."""

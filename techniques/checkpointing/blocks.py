@@ -51,7 +51,7 @@ class Uniform(Technique):
         def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
             def call_block(block: Any, x: Any, *rest: Any) -> Any:
                 index = position[id(block)]
-                if not x.requires_grad and not run.model.training:  # type: ignore[union-attr]
+                if not x.requires_grad and not run.model.training:
                     return call(block, x, *rest)
                 if index % segment:
                     return x  # ran inside the segment that started before it
