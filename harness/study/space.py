@@ -123,7 +123,7 @@ def parameter(key: str, text: str, when: tuple[Condition, ...] = ()) -> Paramete
     if not override.is_sweep_override():
         return Parameter(key, choices=(override.get_value_element_as_str(),), when=when)
     sweep = override.value()
-    tags = getattr(sweep, "tags", set())  # a glob has none
+    tags: set[str] = getattr(sweep, "tags", set())  # a glob has none
     strange = sorted(tags - {"log"})
     if strange:
         raise UserError(f"{where}: there is no tag '{strange[0]}'; the only one is log")

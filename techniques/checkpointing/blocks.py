@@ -43,15 +43,16 @@ class Uniform(Technique):
     def apply(self, run: Run) -> None:
         from torch.utils.checkpoint import checkpoint
 
-        assert run.model is not None
-        blocks = list(run.model.blocks)
+        model = run.model
+        assert model is not None
+        blocks = list(model.blocks)
         segment = max(1, min(self.segment(len(blocks)), len(blocks)))
         position = {id(block): i for i, block in enumerate(blocks)}
 
         def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
             def call_block(block: Any, x: Any, *rest: Any) -> Any:
                 index = position[id(block)]
-                if not x.requires_grad and not run.model.training:
+                if not x.requires_grad and not model.training:
                     return call(block, x, *rest)
                 if index % segment:
                     return x  # ran inside the segment that started before it
