@@ -191,6 +191,10 @@ def _head(data: bytes) -> bytes:
 _FIXED = ("id", "created", "status", "reason", "recipe_hash", "duration_s")
 
 
+# Prices and window lengths are in each record; a hundred columns of them would drown what a table is read for.
+BENCH = ("hardware", "measure")
+
+
 def _parts(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(choices, knobs, metrics) of a record as flat columns."""
     chosen: dict[str, Any] = {}
@@ -199,7 +203,7 @@ def _parts(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict
     for axis, option in record["choices"].items():
         chosen[axis] = "+".join(option) if isinstance(option, list) else option
         node = record["config"].get(axis)
-        if isinstance(node, dict):
+        if isinstance(node, dict) and axis not in BENCH:
             _flatten(axis, node, knobs)
     for name, metric in record["metrics"].items():
         metrics[name] = metric["value"]
