@@ -38,7 +38,7 @@ def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def finish(words: list[str]) -> dict:
     process = start(words)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
@@ -55,7 +55,8 @@ def check(tmp_path: Path, summary: dict, trials: int) -> None:
     trials_told = optuna.load_study(study_name="custom", storage=storage).trials
     assert not [t for t in trials_told if t.state.name in ("RUNNING", "WAITING")]
     told = {t.user_attrs["recipe"]["hash"] for t in trials_told if "result" in t.user_attrs}
-    assert told | {hashes[0]} == set(hashes)  # the baseline, the oldest, lies outside the space
+    assert told <= set(hashes)
+    assert len(set(hashes) - told) <= 1  # the baseline lies outside the space
 
 
 def test_killed_ten_times_ends_with_the_trials_and_no_duplicate(tmp_path, words):
@@ -82,11 +83,11 @@ def test_killed_round_a_publication(tmp_path, words, moment):
     """Before it the recipe is run again; after it the record is found, and not run again."""
     words = [*words, "study.trials=5"]
     process = start(words, DIE_AT=moment)
-    process.communicate(timeout=60)
+    process.communicate(timeout=150)
     assert process.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "results" / "runs").glob("2*"))) == (2 if moment == "before" else 3)
     process = start(words)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert "1 broken-off trial found: queued again" in err
     assert ("(record found)" in err) == (moment == "after")
     check(tmp_path, json.loads(out.splitlines()[-1]), 5)
