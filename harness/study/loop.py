@@ -12,6 +12,7 @@ from dyno import runner
 from dyno.errors import UserError
 from dyno.recipe import Recipe, digest
 from dyno.study import show
+from dyno.study.interrupts import Interrupts
 from dyno.study.session import Session, summary_of
 
 Say = Callable[[str], None]
@@ -39,14 +40,16 @@ class Loop:
         self.session, self.progress, self.say = session, progress, say
         self.deadline, self.workers = deadline, workers
         self.barren = 0
+        self.interrupts = Interrupts()
 
     def run(self) -> str:
         """Work until there is nothing left to do; why it stopped, in the user's words."""
         session = self.session
-        with _quiet():
+        with _quiet(), self.interrupts.noted():
             self.baseline()
             while True:
                 with self.gate():
+                    self.interrupts.check()
                     recovered = session.recover()
                     if recovered:
                         self.say(f"{recovered} broken-off trial{'s' * (recovered > 1)} found: queued again")
@@ -63,7 +66,8 @@ class Loop:
         gate = self.session.gate
         if not gate.acquire(wait=False):
             self.progress("waiting for another worker of this study")
-            gate.acquire()
+            with self.interrupts.allowed():
+                gate.acquire()
         try:
             yield
         finally:
@@ -137,7 +141,8 @@ class Loop:
         if made is not None:
             return summary_of(made, metrics) | {"adopted": True}
         try:
-            return summary_of(runner.run(recipe, progress=self.progress), metrics)
+            with self.interrupts.allowed():
+                return summary_of(runner.run(recipe, progress=self.progress), metrics)
         except (OSError, UserError):
             raise  # the bench is at fault, not this recipe: every other trial would end so
         except Exception as error:  # noqa: BLE001  a plug-in's prediction runs in this process and may raise anything
