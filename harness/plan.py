@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dyno.model.config import BYTE_VOCABULARY, config_of, parameter_counts
 from dyno.recipe import Recipe, compose
 from dyno.technique import Footprint, Shape
 
@@ -76,23 +77,19 @@ def shape_of(recipe: Recipe) -> Shape | None:
         from dyno.model.loaders import describe  # headers only, no weights
 
         node = {**node, **describe(node)}
-    vocab = node["vocab_size"] or recipe.config["tokenizer"].get("vocab_size") or 257
-    width, kv = node["heads"] * node["head_dim"], node["kv_heads"] * node["head_dim"]
-    block = node["hidden"] * (2 * width + 2 * kv) + 3 * node["hidden"] * node["ffn_width"]
-    linear = node["layers"] * block + vocab * node["hidden"]
-    total = linear + (0 if node["tied_embeddings"] else vocab * node["hidden"])
-    total += (2 * node["layers"] + 1) * node["hidden"]
+    config = config_of(node, recipe.config["tokenizer"].get("vocab_size") or BYTE_VOCABULARY)
+    total, linear = parameter_counts(config)
     serving = workload["measures"] == "infer"
     return Shape(
         parameters=total,
         linear_parameters=linear,
-        layers=node["layers"],
-        hidden=node["hidden"],
-        ffn=node["ffn_width"],
-        heads=node["heads"],
-        kv_heads=node["kv_heads"],
-        head_dim=node["head_dim"],
-        vocab=vocab,
+        layers=config.layers,
+        hidden=config.hidden,
+        ffn=config.ffn_width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
         batch=workload["requests"] if serving else workload["batch"],
         seq=workload["prompt"] + workload["new_tokens"] if serving else workload["seq"],
     )

@@ -25,10 +25,13 @@ PR_SET_PDEATHSIG = 1
 PROGRESS_BYTES = 65536
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends (Linux prctl); does nothing elsewhere."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux prctl); does nothing elsewhere.
+
+    `parent` is the pid of whoever started it; a worker finds its runner's in the environment.
+    """
     # The runner tells its pid: getppid() alone cannot show that it ended while this interpreter started.
-    parent = int(os.environ.pop(RUNNER, os.getppid()))
+    parent = parent or int(os.environ.pop(RUNNER, os.getppid()))
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -22,6 +22,7 @@ from typing import Any
 
 from dyno.axes import AXES, BY_NAME, SUBJECTS
 from dyno.errors import UserError
+from dyno.model.config import BYTE_VOCABULARY, config_of
 from dyno.technique import Technique
 
 MEASURES = ("train", "infer", "data", "kernel")
@@ -219,6 +220,8 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
             config[axis.name] = {name: node.get(name, BASELINE) for name in options}
             choices[axis.name] = options if len(options) > 1 else options[0]
     _check_values(config, choices, plugins)
+    if config["model"]["source"] == "config":  # sizes that do not go together are told now, not by a worker
+        config_of(config["model"], config["tokenizer"].get("vocab_size") or BYTE_VOCABULARY)
     recipe = Recipe(config, choices, list(overrides), plugins)
     assert recipe.techniques is not None  # builds every technique, so that a wrong knob is told now
     return recipe

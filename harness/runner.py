@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyno import processes, record
 from dyno.errors import STATUSES, UserError
+from dyno.home import home
 from dyno.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ WORKER = [sys.executable, "-m", "dyno.worker"]  # and the run's directory
 RESULT = "result.json"
 REQUEST = "request.json"
 LOG_TAIL_LINES = 15
-
-
-def home() -> Path:
-    """Where caches of this machine live: $DYNO_HOME or ~/.cache/dyno."""
-    path = Path(os.environ.get("DYNO_HOME") or Path.home() / ".cache" / "dyno")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 @contextlib.contextmanager
@@ -51,7 +45,7 @@ def exclusive(device: Device, progress: Callable[[str], None]) -> Iterator[None]
         yield
 
 
-def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, gate: bool = True) -> dict[str, Any]:
+def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Run a recipe and return its record, already in its place under <results_dir>/runs.
 
     A recipe that the plan refuses costs no worker. Only KeyboardInterrupt leaves without a record.
@@ -62,7 +56,7 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, 
     runs = record.runs_dir(recipe.config["results_dir"])
     device = detect(recipe.config["hardware"])
     plan = predict(recipe, device)
-    verdict = plan.verdict() if gate else None
+    verdict = plan.verdict()
     # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
     with contextlib.nullcontext() if verdict else exclusive(device, progress):
         return run_aside(recipe, device, plan, verdict, runs, progress)

@@ -115,7 +115,6 @@ class Run:
     model: Decoder | None = None
     teacher: Decoder | None = None
     draft: Decoder | None = None
-    calibration: np.ndarray | None = None
     stream: np.ndarray | None = None
     build_model: Callable[[list[str]], Decoder] | None = None
     details: dict[str, Any] = field(default_factory=dict)

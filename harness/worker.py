@@ -33,7 +33,11 @@ def main(directory: Path) -> int:
         result = classify(error)
     name = "result.json" if rank == 0 else f"result-rank{rank}.json"
     if rank == 0 or result["status"] != "ok":
-        write_json(directory / name, result)
+        try:
+            write_json(directory / name, result)
+        except ValueError as error:  # a note that JSON cannot hold, such as NaN
+            result = {"status": "crashed", "reason": f"the result cannot be written: {error}"}
+            write_json(directory / name, result)
     # One rank's failure ends the run at once: the others would wait for it in a collective.
     return 0 if ranks == 1 or result["status"] == "ok" else 1
 

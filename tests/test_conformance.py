@@ -18,7 +18,6 @@ import sys
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -244,7 +243,7 @@ def one_step(recipe: Recipe, directory: Any) -> None:
     run = pipeline.run("compress")
     served = tiny.model().eval()
     served.load_state_dict(model.state_dict())
-    run.model, run.stream, run.calibration = served, stream, np.stack([stream[:16]] * 4)
+    run.model, run.stream = served, stream
     run.build_model = lambda overrides: tiny.model(1, layers=1)
     apply(recipe, run)
     pipeline.build_model = run.build_model  # type: ignore[method-assign]

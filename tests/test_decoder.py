@@ -4,7 +4,9 @@ import pytest
 import tiny
 import torch
 
-from dyno.model.decoder import Decoder, ModelConfig, parameter_counts, plain_attention
+from dyno.kernels.attention import eager
+from dyno.model.config import ModelConfig, parameter_counts
+from dyno.model.decoder import Decoder
 
 VARIANTS = {
     "tied": {},
@@ -60,9 +62,9 @@ def test_attention_is_aligned_to_the_bottom_right():
     """The last queries of a longer text give the last rows of the whole attention."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 8, 4, generator=generator) for _ in range(3))
-    whole = plain_attention(q, k, v, causal=True)
+    whole = eager(q, k, v, causal=True)
     for new in (1, 3, 8):
-        torch.testing.assert_close(plain_attention(q[:, :, -new:], k, v, causal=True), whole[:, :, -new:])
+        torch.testing.assert_close(eager(q[:, :, -new:], k, v, causal=True), whole[:, :, -new:])
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(whole, expected, atol=1e-6, rtol=1e-5)
 

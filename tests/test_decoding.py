@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from dyno.model.decoder import plain_attention
+from dyno.kernels.attention import eager
 from dyno.stages import infer
 from dyno.techniques.decoding import _speculation
 from dyno.techniques.decoding._sampling import Reader, distribution
@@ -338,5 +338,5 @@ def test_a_draft_is_served_like_its_target(tmp_path):
     pipeline.build_model = lambda overrides: tiny.model(1)
     target = tiny.model()
     run = infer.prepared_run(pipeline, target)
-    assert run.draft.attend is target.attend is run.part("attention") is not plain_attention
+    assert run.draft.attend is target.attend is run.part("attention") is not eager
     assert {p.dtype for p in run.draft.parameters()} == {p.dtype for p in target.parameters()} == {torch.bfloat16}

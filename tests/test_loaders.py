@@ -11,7 +11,8 @@ import torch
 
 from dyno.errors import UserError
 from dyno.model import loaders
-from dyno.model.decoder import Decoder, ModelConfig
+from dyno.model.config import ModelConfig
+from dyno.model.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
 

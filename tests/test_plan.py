@@ -74,8 +74,8 @@ def test_needs_move_the_way_the_knobs_do():
 
 def test_parameters_are_those_of_the_model():
     torch = pytest.importorskip("torch")
+    from dyno.model.config import config_of
     from dyno.model.decoder import Decoder
-    from dyno.stages.train import model_config
 
     for overrides in (
         ["model=nano"],
@@ -86,7 +86,7 @@ def test_parameters_are_those_of_the_model():
         shape = shape_of(recipe)
         assert shape is not None
         with torch.device("meta"):
-            model = Decoder(model_config(recipe.config["model"], shape.vocab))
+            model = Decoder(config_of(recipe.config["model"], shape.vocab))
         assert sum(p.numel() for p in model.parameters()) == shape.parameters
 
 

@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from dyno.errors import UserError
-from dyno.model.decoder import Decoder, ModelConfig
+from dyno.model.config import ModelConfig
+from dyno.model.decoder import Decoder
 from dyno.recipe import CONF, make
 from dyno.technique import Run, Shape
 from dyno.techniques.quantization._linear import QuantizedLinear, linears, stored_bytes

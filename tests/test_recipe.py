@@ -49,6 +49,8 @@ def test_every_option_of_every_axis_composes_and_has_help():
     [
         (["quantizaton=int8"], ["no axis or key 'quantizaton'", "did you mean quantization"]),
         (["quantization=int9"], ["no option 'int9'", "int8"]),
+        (["model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
+        (["model.vocab_size=100"], ["model.vocab_size=100", "257"]),
         (["quantization=int8", "quantization.group_sz=4"], ["quantization=int8", "did you mean group_size"]),
         (["quantization.group_size=4"], ["quantization=none has no knob 'group_size'"]),
         (["data_filters=quality_rules", "data_filters.quality_rules.min_char=1"], ["'min_char'", "min_chars"]),

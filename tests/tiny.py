@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from dyno.model.decoder import Decoder, ModelConfig, plain_attention
+from dyno.kernels.attention import eager
+from dyno.model.config import ModelConfig
+from dyno.model.decoder import Decoder
 from dyno.pipeline import Pipeline
 from dyno.recipe import Recipe, compose
 from dyno.technique import Run
@@ -42,7 +44,7 @@ def infer_run(target: Decoder, cache: Any = ContiguousCache, draft: Decoder | No
     """A run of the infer stage with what decoding needs of it."""
     recipe: Any = SimpleNamespace(config={"seed": seed})
     run = Run(recipe, "infer", CPU, Path("."), model=target, draft=draft)
-    run.parts.update(cache=cache, attention=plain_attention)
+    run.parts.update(cache=cache, attention=eager)
     return run
 
 

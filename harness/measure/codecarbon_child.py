@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from dyno.measure.carbon import JOULES_PER_KWH
-from dyno.measure.sampler import die_with_parent
+from dyno.processes import die_with_parent
 
 
 def main() -> None:

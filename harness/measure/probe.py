@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dyno.home import home
 from dyno.measure.clock import gpu_uuid, synchronize
 from dyno.measure.environment import machine_id
 from dyno.record import write_json
@@ -27,9 +27,8 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 
 
 def cache_dir() -> Path:
-    """$DYNO_HOME/ceilings, or ~/.cache/dyno/ceilings."""
-    home = os.environ.get("DYNO_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "dyno") / "ceilings"
+    """Where measured ceilings are kept."""
+    return home() / "ceilings"
 
 
 def ceilings(device: torch.device, refresh: bool = False) -> dict[str, Any]:

@@ -10,9 +10,7 @@ changed, so that nothing is left behind by a worker that was killed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,15 +28,7 @@ from dyno.measure.power import (
     probe_tick_s,
     read_log,
 )
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; leave at once if that has already happened."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit(0)
+from dyno.processes import die_with_parent
 
 
 def sample(source: PowerSource, log: Path, parent: int) -> None:

@@ -9,38 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyno.kernels.attention import eager
+from dyno.model.config import ModelConfig
+
 Attend = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a decoder. `rope_scaling` is the Hugging Face mapping (only llama3); norms are in fp32."""
-
-    vocab_size: int
-    layers: int
-    hidden: int
-    ffn_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_seq: int = 2048
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    norm_eps: float = 1e-5
-    tied_embeddings: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}")
 
 
 class Cache(Protocol):
@@ -146,19 +124,6 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
-    """softmax(QK')V with the matrix written out; causal is aligned to the bottom right."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(-2, -1)) * (scale if scale is not None else q.shape[-1] ** -0.5)
-    new, total = scores.shape[-2:]
-    if causal and new > 1:
-        hidden = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
-
-
 def call_plainly(block: nn.Module, *args: Any) -> Tensor:
     return block(*args)
 
@@ -175,7 +140,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.embed.weight
-        self.attend: Attend = plain_attention
+        self.attend: Attend = eager
         self.call_block: Callable[..., Tensor] = call_plainly
         self.inverse_frequency: Tensor
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
@@ -210,14 +175,3 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.hidden_states(tokens, cache))
-
-
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those in matrices that multiply activations, the head included), by arithmetic."""
-    width, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    linear = config.hidden * (2 * width + 2 * kv) + 3 * config.hidden * config.ffn_width
-    matrices = config.layers * linear + config.vocab_size * config.hidden
-    extra = config.layers * (2 * config.hidden + 2 * config.head_dim * config.qk_norm) + config.hidden
-    extra += config.layers * (width + 2 * kv) * config.qkv_bias
-    embedding = 0 if config.tied_embeddings else config.vocab_size * config.hidden
-    return matrices + extra + embedding, matrices

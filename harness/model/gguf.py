@@ -21,7 +21,7 @@ from dyno.model.load_gguf_header import Header, read_header
 if TYPE_CHECKING:
     import torch
 
-    from dyno.model.decoder import ModelConfig
+    from dyno.model.config import ModelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM files say llama
 _ROPE_FACTORS = "rope_freqs.weight"

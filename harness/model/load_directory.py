@@ -17,7 +17,7 @@ from dyno.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from dyno.model.decoder import ModelConfig
+    from dyno.model.config import ModelConfig
 
 # config.json's model_type -> does it have qk norms, biases on q, k and v; SmolLM and SmolLM2 call themselves llama.
 FAMILIES = {"llama": (False, False), "mistral": (False, False), "qwen2": (False, True), "qwen3": (True, False)}

@@ -14,7 +14,7 @@ from dyno.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from dyno.model.decoder import ModelConfig
+    from dyno.model.config import ModelConfig
 
 # (Decoder, Hugging Face, GGUF). `{i}` is the layer; projections have a bias beside the weight where qkv_bias says so.
 _OUTER = (
@@ -51,7 +51,7 @@ def names(layers: int, convention: str) -> dict[str, str]:
 
 def model_config(fields: dict[str, Any], where: Any) -> ModelConfig:
     """ModelConfig of a file's fields; what the decoder refuses is the file's mistake."""
-    from dyno.model.decoder import ModelConfig
+    from dyno.model.config import ModelConfig
 
     try:
         return ModelConfig(**fields)

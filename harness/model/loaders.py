@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dyno.errors import UserError
+from dyno.home import home
 from dyno.model import gguf as gguf_format
 from dyno.model import load_directory as directory_format
 from dyno.model.gguf import load_gguf
@@ -23,7 +24,7 @@ from dyno.model.load_gguf_tokenizer import write_tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from dyno.model.decoder import ModelConfig
+    from dyno.model.config import ModelConfig
 
 __all__ = [
     "Loaded",
@@ -55,7 +56,7 @@ def load(model: dict[str, Any], cache_dir: str | Path | None = None, dtype: torc
     Args:
         model: the config group: `source` (one of SOURCES) with its `path` or `id`; optionally `max_seq`,
             `tokenizer_file`, and sizes (`layers`, ...), which must then be the file's.
-        cache_dir: keeps tokenizers made from GGUF files, and hashes; default $XDG_CACHE_HOME/dyno or ~/.cache/dyno.
+        cache_dir: keeps tokenizers made from GGUF files, and hashes; default `dyno.home`.
         dtype: of the tensors; None keeps what is stored (GGUF blocks become fp32).
 
     Raises:
@@ -210,6 +211,4 @@ def _check_sizes(model: dict[str, Any], fields: dict[str, Any], location: Path) 
 
 
 def _cache(cache_dir: str | Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dyno"
+    return Path(cache_dir) if cache_dir is not None else home()

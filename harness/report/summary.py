@@ -141,10 +141,6 @@ def parse_constraint(text: str, baseline: Row | None) -> Constraint:
     return Constraint(text, metric, op, number * value)
 
 
-def better(a: float, b: float, direction: str) -> bool:
-    return a > b if direction == "maximize" else a < b
-
-
 def front(rows: list[Row], objectives: list[Objective]) -> list[Row]:
     """The rows that no other row beats: at least as good in every objective and better in one."""
     scored = []

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dyno.artifacts import acting
-from dyno.errors import UserError
+from dyno.artifacts import acting, code_of
 from dyno.model.decoder import Decoder
 from dyno.recipe import digest
 from dyno.record import Metric
@@ -19,8 +18,6 @@ from dyno.technique import Baseline, Technique
 
 if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
-
-CALIBRATION_SEQUENCES = 32
 
 
 def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
@@ -36,12 +33,6 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
     run.model = model
     data_path, _, _ = pipeline.data()
     stream = np.load(data_path / "train.npy", mmap_mode="r")
-    workload = pipeline.recipe.config["workload"]
-    seq = workload["seq"]
-    if len(stream) <= seq:
-        raise UserError(f"the corpus has {len(stream)} tokens after filtering, workload.seq={seq} needs more")
-    starts = np.linspace(0, len(stream) - seq - 1, CALIBRATION_SEQUENCES).astype(np.int64)
-    run.calibration = np.stack([stream[s : s + seq] for s in starts]).astype(np.int64)
     run.stream = stream
     for axis, chosen in acting(pipeline.recipe, "compress").items():
         for technique in chosen:
@@ -67,9 +58,9 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
 
 
 def technique_code(technique: Technique) -> str:
-    """Digest of the module that a technique is written in."""
+    """Digest of the folder that a technique is written in, and of the kernels that it may call."""
     folder = Path(inspect.getfile(type(technique))).parent
-    return digest([path.read_text() for path in sorted(folder.glob("*.py"))])
+    return digest([[path.read_text() for path in sorted(folder.glob("*.py"))], code_of(["dyno.kernels"])])
 
 
 def inner_key(pipeline: Pipeline, technique: Technique) -> list[str]:

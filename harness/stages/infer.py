@@ -12,7 +12,9 @@ from torch import Tensor
 from dyno import quality
 from dyno.artifacts import acting
 from dyno.errors import NonFinite, UserError
-from dyno.model.decoder import Decoder, ModelConfig, call_plainly, parameter_counts, plain_attention
+from dyno.kernels.attention import eager
+from dyno.model.config import ModelConfig, parameter_counts
+from dyno.model.decoder import Decoder, call_plainly
 from dyno.record import Metric
 from dyno.stages import bench, compress
 from dyno.technique import Run
@@ -40,7 +42,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder) -> Run:
     run = pipeline.run("infer")
     run.model = model
     run.parts.update(
-        attention=plain_attention,
+        attention=eager,
         autocast=contextlib.nullcontext,
         scaler=None,
         weights_dtype=torch.float32,
@@ -139,7 +141,7 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
         round_tokens += gained
         return gained
 
-    # Every length of a round once: some attention libraries build a plan for each length they have not seen.
+    # Every length of a round once: warm-up has the shapes of the measured region, and each length is a shape.
     while round_tokens < requests * new:
         one_pass()
     warm = bench.warm_up(meter, one_pass)

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from dyno import quality
 from dyno.artifacts import acting, stage_key
 from dyno.errors import NonFinite, UserError
-from dyno.model.decoder import Decoder, ModelConfig, call_plainly, parameter_counts, plain_attention
+from dyno.kernels.attention import eager
+from dyno.model.config import ModelConfig, config_of, parameter_counts
+from dyno.model.decoder import Decoder, call_plainly
 from dyno.record import Metric
 from dyno.stages import bench
 from dyno.technique import Run
@@ -29,16 +31,6 @@ if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
 
 LOG_EVERY_S = 2.0
-
-
-def model_config(node: dict[str, Any], vocab_size: int) -> ModelConfig:
-    """The decoder's sizes from conf/model; a null vocab_size is the tokenizer's."""
-    known = {f.name for f in fields(ModelConfig)}
-    sizes = {k: v for k, v in node.items() if k in known}
-    sizes["vocab_size"] = sizes.get("vocab_size") or vocab_size
-    if sizes["vocab_size"] < vocab_size:
-        raise UserError(f"model.vocab_size={sizes['vocab_size']} is smaller than the tokenizer's {vocab_size}")
-    return ModelConfig(**sizes)
 
 
 def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +50,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
     run = pipeline.run(stage)
     run.model = model
     run.parts.update(
-        attention=plain_attention,
+        attention=eager,
         autocast=contextlib.nullcontext,
         scaler=None,
         weights_dtype=torch.float32,
@@ -170,7 +162,7 @@ def key(pipeline: Pipeline, data_key: str) -> str:
     config = pipeline.recipe.config
     workload = {k: config["workload"][k] for k in ("batch", "seq", "steps", "lr")}
     subject = {"model": config["model"], "workload": workload, "seed": config["seed"]}
-    modules = ["dyno.model.decoder", __name__]
+    modules = ["dyno.model.config", "dyno.model.decoder", "dyno.kernels", __name__]
     if config["model"]["source"] != "config":
         from dyno.model import loaders
 
@@ -209,7 +201,7 @@ def fresh_model(pipeline: Pipeline, manifest: dict[str, Any]) -> Decoder:
         model = Decoder(config)
         model.load_state_dict(state)
         return model.to(pipeline.device)
-    config = model_config(node, manifest["vocab_size"])
+    config = config_of(node, manifest["vocab_size"])
     if parameter_counts(config)[0] > 3e8 and pipeline.device.type == "cuda":
         with torch.device(pipeline.device):  # billions of weights are drawn on the device, seconds instead of minutes
             torch.manual_seed(seed)

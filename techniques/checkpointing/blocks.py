@@ -15,20 +15,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Uniform(Technique):
-    """Keep the inputs of every N-th block and recompute the blocks between them during the backward pass.
+class Segments(Technique):
+    """Keep the input of every segment of blocks and recompute its inside during the backward pass.
 
-    Paper: Chen et al. 2016, arXiv:1604.06174. Segments of N blocks; every=1 recomputes each block from its own input.
+    Paper: Chen et al. 2016, arXiv:1604.06174. A segment is one block unless a subclass says else.
     """
 
-    every: int = 1
-
     def segment(self, layers: int) -> int:
-        return self.every
+        """Blocks in a segment."""
+        return 1
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        if self.every < 1:
-            return f"checkpointing.every is {self.every}; it takes 1 or more blocks"
         if recipe.config["workload"]["measures"] in ("infer", "kernel"):
             return "checkpointing trades memory of a backward pass; this workload measures no training"
         return None
@@ -71,20 +68,32 @@ class Uniform(Technique):
 
 
 @dataclass
-class Sqrt(Uniform):
+class Uniform(Segments):
+    """Segments of `every` blocks; every=1 recomputes each block from its own input.
+
+    Paper: Chen et al. 2016, arXiv:1604.06174.
+    """
+
+    every: int = 1
+
+    def segment(self, layers: int) -> int:
+        return self.every
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if self.every < 1:
+            return f"checkpointing.every is {self.every}; it takes 1 or more blocks"
+        return super().unsupported(recipe, device)
+
+
+@dataclass
+class Sqrt(Segments):
     """Segments of about sqrt(L) blocks: memory of O(sqrt(L)) for one more forward pass.
 
     Paper: Chen et al. 2016, arXiv:1604.06174.
     """
 
-    every: int = 0
-
     def segment(self, layers: int) -> int:
         return max(1, round(math.sqrt(layers)))
-
-    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        self_check = Uniform(1)
-        return self_check.unsupported(recipe, device)
 
 
 def boundary_share(shape: Shape) -> float:

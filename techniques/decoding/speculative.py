@@ -40,6 +40,7 @@ class Speculative(Technique):
         return wrong_cuts(self.temperature, self.top_k, self.top_p)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
+        """The draft's own cache: a quarter of the target's is assumed, its sizes are in another recipe."""
         return Footprint(kv_cache_factor=1.25)
 
     def apply(self, run: Run) -> None:

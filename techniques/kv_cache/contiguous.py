@@ -42,8 +42,6 @@ class Recompute(Technique):
 class ContiguousCache:
     """Keys and values (B, G, length, D) a layer. `length` counts the tokens whose layers are all filled."""
 
-    keeps = True
-
     def __init__(self, model: Decoder, batch: int, length: int):
         import torch
 
@@ -73,7 +71,6 @@ class ContiguousCache:
 class NoCache:
     """Stands in where nothing is kept: its length stays 0, so callers feed the whole context."""
 
-    keeps = False
     length = 0
 
     def __init__(self, model: Decoder, batch: int, length: int):
