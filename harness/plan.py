@@ -138,25 +138,31 @@ def chosen(prints: list[Footprint], name: str, default: float) -> float:
 
 def training(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:
     """Peak = the largest of the phases: end of forward, loss, optimizer step; never their sum."""
-    state = product(prints, "state_factor")
+    split = product(prints, "layer_factor") * product(prints, "width_factor")
+    held = shape.parameters * split  # parameters that this rank is responsible for, sharded or not
     tokens = shape.batch * shape.seq * product(prints, "batch_factor")
     width = chosen(prints, "activation_width", 4.0)
-    weights = WEIGHT * shape.parameters * state
-    gradients = WEIGHT * shape.parameters * state * product(prints, "gradient_factor")
-    optimizer = 2 * WEIGHT * shape.parameters * state
+    stored = chosen(prints, "parameter_bytes", WEIGHT)
+    master = sum(f.master_bytes for f in prints)
+    weights = stored * held * product(prints, "parameter_factor")
+    gradients = chosen(prints, "gradient_bytes", stored) * held * product(prints, "gradient_factor")
+    kept = held * product(prints, "optimizer_factor")
+    optimizer = (chosen(prints, "optimizer_bytes", 2 * WEIGHT) + master) * kept
     # What eager Llama-shaped blocks keep, in 16 bits: (28 h + 8 f) bytes a token, so 14 h + 4 f numbers.
-    block = (14 * shape.hidden + 4 * shape.ffn) * width * tokens
+    block = (14 * shape.hidden + 4 * shape.ffn) * width * tokens * product(prints, "width_factor")
     if any(f.attention_matrix for f in prints):
-        block += 2 * WEIGHT * shape.heads * shape.seq * tokens
-    activations = shape.layers * block * product(prints, "activation_factor")
-    cast = shape.linear_parameters * width if width < WEIGHT else 0.0  # autocast keeps a 16-bit copy of the weights
-    logits = tokens * shape.vocab * (width + 2 * WEIGHT)
+        block += 2 * WEIGHT * shape.heads * shape.seq * tokens * product(prints, "width_factor")
+    layers = shape.layers * product(prints, "layer_factor")
+    activations = layers * block * product(prints, "activation_factor")
+    inside = block * max(1.0, sum(f.recompute_blocks for f in prints))
+    cast = shape.linear_parameters * split * width if width < stored else 0.0  # autocast's 16-bit copy of the weights
+    logits = tokens * shape.vocab * (width + 2 * WEIGHT) * product(prints, "logits_factor")
     extra = sum(f.extra_bytes for f in prints)
     base = {"weights": weights, "optimizer": optimizer, "extra": extra}
     plan.terms = {
         "loss": {**base, "activations": activations, "cast weights": cast, "logits": logits},
-        "end of backward": {**base, "gradients": gradients, "cast weights": cast, "one block": block},
-        "optimizer step": {**base, "gradients": gradients, "temporaries": WEIGHT * shape.parameters * state * 0.5},
+        "end of backward": {**base, "gradients": gradients, "cast weights": cast, "one block": inside},
+        "optimizer step": {**base, "gradients": gradients, "temporaries": 0.5 * WEIGHT * kept},
     }
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq
     all_tokens = shape.batch * shape.seq

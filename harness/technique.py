@@ -38,23 +38,47 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A technique's share of the prediction. Factors multiply, the rest adds; the default changes nothing.
+    """A technique's share of the prediction, on one rank. The default changes nothing.
 
-    `activation_factor` scales the bytes that a block keeps for its backward pass, `state_factor` the bytes of
-    parameters, gradients and optimizer on one rank, `weight_bytes` is the stored width of one matrix weight.
+    Widths are bytes of one number, and the last axis's word counts: `weight_bytes` of a matrix weight as it is served,
+    `parameter_bytes`, `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training,
+    `activation_width`. `matmul_dtype` names the format of the matrix products likewise.
+
+    Factors multiply. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays
+    on the device; `batch_factor` the share of the step's tokens that are alive at once; `layer_factor` the share of the
+    layers (pipeline), `width_factor` of the heads and channels (tensor parallel); `activation_factor` the share of the
+    blocks' activations that the forward pass keeps, `logits_factor` the same of the logits.
+
+    Amounts add: `master_bytes` a parameter of a wider copy; `recompute_blocks` whose inside the backward pass holds at
+    once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, `wire_bytes` that a rank
+    sends, and `bubble`, the idle share of a step.
     """
 
     weight_bytes: float | None = None
-    linear_factor: float = 1.0
+    parameter_bytes: float | None = None
+    gradient_bytes: float | None = None
+    optimizer_bytes: float | None = None
     activation_width: float | None = None
-    activation_factor: float = 1.0
-    attention_matrix: bool = False
-    state_factor: float = 1.0
+    matmul_dtype: str | None = None
+    linear_factor: float = 1.0
+    parameter_factor: float = 1.0
     gradient_factor: float = 1.0
+    optimizer_factor: float = 1.0
     batch_factor: float = 1.0
+    layer_factor: float = 1.0
+    width_factor: float = 1.0
+    activation_factor: float = 1.0
+    logits_factor: float = 1.0
     flops_factor: float = 1.0
     kv_cache_factor: float = 1.0
+    attention_matrix: bool = False
+    master_bytes: float = 0.0
+    recompute_blocks: float = 0.0
     extra_bytes: float = 0.0
+    host_bytes: float = 0.0
+    host_traffic_bytes: float = 0.0
+    wire_bytes: float = 0.0
+    bubble: float = 0.0
     ranks: int = 1
 
 

@@ -177,8 +177,8 @@ def test_a_layout_of_one_rank_is_the_plain_step(layout, tmp_path):
 
 def test_zero3_predicts_a_share_of_the_state_and_ddp_a_second_gradient(tmp_path):
     shape = Shape(10**6, 10**6, 10, 64, 192, 4, 2, 16, 257, 8, 128)
-    assert ZeRO3(4).footprint(shape, device()).state_factor == 0.25
-    assert DDP(4).footprint(shape, device()).state_factor == 1.0
+    assert ZeRO3(4).footprint(shape, device()).optimizer_factor == 0.25
+    assert DDP(4).footprint(shape, device()).optimizer_factor == 1.0
     plans = {
         option: predict(
             tiny.pipeline(tmp_path, "model=1b", "workload.batch=8", f"parallelism={option}").recipe, device()

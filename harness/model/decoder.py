@@ -1,8 +1,8 @@
 """One readable decoder: RoPE, RMSNorm, SwiGLU, MHA/GQA/MQA by the number of KV heads, tied or untied embeddings.
 
 Shapes: B sequences, S query tokens, T tokens in all (cached + new), H query heads, G KV heads, D head width, E hidden.
-Three seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), and
-the cache that `forward` is given.
+Seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), `positions`
+(which a rank that holds part of a sequence counts otherwise), and the cache that `forward` is given.
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def count_up(start: int, count: int, device: torch.device) -> Tensor:
+    """Positions (S,) fp32 of consecutive tokens."""
+    return torch.arange(start, start + count, device=device, dtype=torch.float32)
+
+
 def call_plainly(block: nn.Module, *args: Any) -> Tensor:
     return block(*args)
 
@@ -142,6 +147,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.attend: Attend = eager
         self.call_block: Callable[..., Tensor] = call_plainly
+        self.positions: Callable[[int, int, torch.device], Tensor] = count_up
         self.inverse_frequency: Tensor
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
@@ -163,7 +169,7 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream in the compute type, as large runs keep it
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
+        positions = self.positions(start, tokens.shape[1], tokens.device)
         angles = torch.outer(positions, self.inverse_frequency.float())
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

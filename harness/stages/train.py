@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
 
 LOG_EVERY_S = 2.0
+MAX_GRADIENT_NORM = 1.0
 
 
 def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -39,8 +41,8 @@ def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
 
 
-def plain_optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
-    parameters = list(parameters)
+def plain_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
     fused = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
@@ -61,6 +63,10 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         optimizer=plain_optimizer,
         micro_batches=1,
         sync=lambda is_last: contextlib.nullcontext(),
+        local_batch=partial(rows_of_rank, run),
+        gradients=partial(accumulate, run),
+        clip=torch.nn.utils.clip_grad_norm_,
+        global_loss=partial(mean_over_ranks, run),
         state_dict=lambda: model.state_dict(),
     )
     for chosen in acting(pipeline.recipe, stage).values():
@@ -69,6 +75,33 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
             model.attend = run.part("attention")
             model.call_block = run.part("call_block")
     return run
+
+
+def rows_of_rank(run: Run, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rank takes of the global batch (B, S): every ranks-th row."""
+    rows = slice(run.rank, None, run.ranks)
+    return tokens[rows], targets[rows]
+
+
+def accumulate(run: Run, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Gradients of this rank's rows, added up over the micro-batches; returns their mean loss, detached."""
+    micro, scaler = run.part("micro_batches"), run.part("scaler")
+    total = torch.zeros((), device=run.device)
+    for i, (x, y) in enumerate(zip(tokens.chunk(micro), targets.chunk(micro), strict=True)):
+        with run.part("sync")(i == micro - 1):
+            with run.part("autocast")():
+                loss = run.part("loss")(run.part("forward"), x, y) / micro
+            (scaler.scale(loss) if scaler else loss).backward()
+        total += loss.detach()
+    return total
+
+
+def mean_over_ranks(run: Run, loss: Tensor) -> Tensor:
+    """The mean of a scalar over all ranks, which call this together."""
+    if run.ranks > 1:
+        loss = loss.clone()
+        torch.distributed.all_reduce(loss)
+    return loss / run.ranks
 
 
 def batches(stream: np.ndarray, batch: int, seq: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,7 +125,7 @@ class Trainer:
         batch, micro = workload["batch"], run.part("micro_batches")
         if batch % (micro * run.ranks):
             raise UserError(f"workload.batch={batch} is no multiple of {micro} micro-batches x {run.ranks} ranks")
-        self.optimizer = run.part("optimizer")(run.model.parameters(), workload["lr"])
+        self.optimizer = run.part("optimizer")(run.model, workload["lr"])
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.batches = batches(stream, batch, workload["seq"], seed)
         self.loss = torch.zeros((), device=run.device)
@@ -105,23 +138,12 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step over the global batch; each rank takes its rows."""
         run, scaler = self.run, self.run.part("scaler")
-        tokens, targets = next(self.batches)
-        rows = slice(run.rank, None, run.ranks)
-        tokens, targets = (
-            tokens[rows].to(run.device, non_blocking=True),
-            targets[rows].to(run.device, non_blocking=True),
-        )
-        micro = run.part("micro_batches")
-        total = torch.zeros((), device=run.device)
-        for i, (x, y) in enumerate(zip(tokens.chunk(micro), targets.chunk(micro), strict=True)):
-            with run.part("sync")(i == micro - 1):
-                with run.part("autocast")():
-                    loss = run.part("loss")(run.part("forward"), x, y) / micro
-                (scaler.scale(loss) if scaler else loss).backward()
-            total += loss.detach()
+        tokens, targets = run.part("local_batch")(*next(self.batches))
+        tokens, targets = tokens.to(run.device, non_blocking=True), targets.to(run.device, non_blocking=True)
+        self.loss = run.part("gradients")(tokens, targets)
         if scaler:
             scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        run.part("clip")(self.parameters, MAX_GRADIENT_NORM)
         if scaler:
             before = scaler.get_scale()
             scaler.step(self.optimizer)
@@ -130,7 +152,6 @@ class Trainer:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = total
         self.steps += 1
 
     def train(self, steps: int, progress: Any) -> None:
@@ -152,10 +173,8 @@ class Trainer:
 
     def mean_loss(self) -> float:
         """The last step's loss over the rows of all ranks, which call this together."""
-        loss = torch.tensor(self.finite_loss(), device=self.run.device)
-        if self.run.ranks > 1:
-            torch.distributed.all_reduce(loss)
-        return float(loss) / self.run.ranks
+        self.finite_loss()
+        return float(self.run.part("global_loss")(self.loss))
 
 
 def key(pipeline: Pipeline, data_key: str) -> str:

@@ -31,11 +31,10 @@ class Segments(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Kept: one boundary a segment and the inside of one segment at a time."""
+        """Kept: one boundary a segment; recomputed: the inside of one segment at a time."""
         segment = max(1, min(self.segment(shape.layers), shape.layers))
-        inside = segment / shape.layers
         boundaries = math.ceil(shape.layers / segment) / shape.layers * boundary_share(shape)
-        return Footprint(activation_factor=min(1.0, inside + boundaries), flops_factor=4 / 3)
+        return Footprint(activation_factor=boundaries, recompute_blocks=segment, flops_factor=4 / 3)
 
     def apply(self, run: Run) -> None:
         from torch.utils.checkpoint import checkpoint

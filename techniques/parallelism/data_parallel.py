@@ -68,7 +68,9 @@ class ZeRO3(DDP):
         gathered = 2 * 4.0 * shape.linear_parameters / max(1, shape.layers)
         return Footprint(
             batch_factor=1 / max(1, self.ranks),
-            state_factor=1 / max(1, self.ranks),
+            parameter_factor=1 / max(1, self.ranks),
+            gradient_factor=1 / max(1, self.ranks),
+            optimizer_factor=1 / max(1, self.ranks),
             extra_bytes=gathered,
             ranks=self.ranks,
         )
