@@ -214,10 +214,10 @@ def cases(device: torch.device | str) -> Iterator[LinearShape]:
 
 def inputs(shape: LinearShape, device: torch.device | str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """x, the packed weight, and `dense`: the same weight dequantised, for peers that take no packed one."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape.rows, shape.in_features, generator=generator).to(device, dtype)
-    weight = torch.randn(shape.out_features, shape.in_features, generator=generator) * shape.in_features**-0.5
-    packed = quantize(weight.to(device), shape.bits, shape.group_size, shape.symmetric)
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape.rows, shape.in_features, generator=generator, device=device).to(dtype)
+    weight = torch.randn(shape.out_features, shape.in_features, generator=generator, device=device)
+    packed = quantize(weight * shape.in_features**-0.5, shape.bits, shape.group_size, shape.symmetric)
     return {"x": x, "weight": packed, "dense": dequantize(packed, dtype)}
 
 

@@ -100,3 +100,11 @@ def test_offsets_beyond_32_bits():
     k[-1, 0, -1] = 1.0
     q = torch.full((17, 1, 1, 128), 4.0, dtype=torch.bfloat16, device="cuda")
     assert op.triton_attention(q, k, k)[-1].float().mean().item() == pytest.approx(1.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_reference_in_parts_is_the_reference(causal, monkeypatch):
+    given = op.inputs(op.AttentionShape(2, 10, 5, 7, 12, 16, causal), "cpu", torch.float32, 3)
+    whole = op.reference(**given)
+    monkeypatch.setattr(op, "REFERENCE_SCORES_BYTES", 1000)
+    torch.testing.assert_close(op.reference(**given), whole, atol=1e-6, rtol=0)

@@ -278,3 +278,13 @@ def test_merged_verdicts():
     flag = validity.flag("host_busy", "x")
     merged = validity.merge([{"ok": True, "flags": [flag]}, {"ok": False, "flags": [flag]}])
     assert merged == {"ok": False, "flags": [flag]}
+
+
+def test_a_source_that_is_no_checkout_may_be_told_its_commit(monkeypatch):
+    from dyno.measure import environment
+
+    monkeypatch.setattr(environment, "_git", lambda folder, *words: None)
+    monkeypatch.delenv("DYNO_COMMIT", raising=False)
+    assert environment.source_state() == {"commit": None, "dirty": None}
+    monkeypatch.setenv("DYNO_COMMIT", "abc123")
+    assert environment.source_state() == {"commit": "abc123", "dirty": None}

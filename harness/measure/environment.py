@@ -141,12 +141,15 @@ def environment() -> dict[str, Any]:
 
 
 def source_state() -> dict[str, Any]:
-    """The git commit of Dyno's source and whether it was changed since; Nones when it is no checkout."""
+    """The git commit of Dyno's source and whether it was changed since; Nones when nobody can tell.
+
+    Where the source is no checkout, in a container's image for instance, DYNO_COMMIT may name what it was built from.
+    """
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     # an installed copy may lie inside some other project's checkout: only a tracked file tells of ours
     if commit is None or _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return {"commit": None, "dirty": None}
+        return {"commit": os.environ.get("DYNO_COMMIT"), "dirty": None}
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--", ":/"))}
 
 
