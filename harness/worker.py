@@ -83,12 +83,15 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
         if rank == 0:
             print(text, flush=True)
 
+    bench.mark("imports")
     progress(f"worker: {torch.__version__} on {device}")
     with Meter(device, config["measure"], config["hardware"], directory) as meter:
+        bench.mark("meters")
         pipeline = Pipeline(recipe, device, directory, meter=meter, rank=rank, ranks=ranks, progress=progress)
         stage = STAGES[config["workload"]["measures"]]
         metrics, weights = stage(pipeline)
         if bench.FIRST_STEP:
+            pipeline.details["startup"] = bench.startup(request["born"])
             metrics["startup_s"] = Metric(
                 bench.FIRST_STEP[0] - request["born"],
                 "s",

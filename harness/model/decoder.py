@@ -152,15 +152,16 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
     def initialise(self, seed: int) -> Decoder:
-        """Normal weights of std 0.02, outputs of residual branches scaled down by depth; same for every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """Normal weights of std 0.02, outputs of residual branches scaled down by depth; drawn where the model is."""
+        device = self.norm.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
         residual = 0.02 / math.sqrt(2 * self.config.layers)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.dim() < 2:
                     continue
                 std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+                weight.copy_(torch.randn(weight.shape, generator=generator, device=device) * std)
         return self
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY_S = 2.0
 MAX_GRADIENT_NORM = 1.0
+DRAWN_ON_DEVICE = 5e7  # parameters; smaller models start from the same weights on every device
 
 
 def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -221,14 +222,9 @@ def fresh_model(pipeline: Pipeline, manifest: dict[str, Any]) -> Decoder:
         model.load_state_dict(state)
         return model.to(pipeline.device)
     config = config_of(node, manifest["vocab_size"])
-    if parameter_counts(config)[0] > 3e8 and pipeline.device.type == "cuda":
-        with torch.device(pipeline.device):  # billions of weights are drawn on the device, seconds instead of minutes
-            torch.manual_seed(seed)
-            model = Decoder(config)
-            for weight in model.parameters():
-                if weight.dim() > 1:
-                    torch.nn.init.normal_(weight, std=0.02)
-        return model
+    if parameter_counts(config)[0] > DRAWN_ON_DEVICE and pipeline.device.type == "cuda":
+        with torch.device(pipeline.device):
+            return Decoder(config).initialise(seed)
     return Decoder(config).initialise(seed).to(pipeline.device)
 
 
@@ -269,9 +265,11 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     config, meter = pipeline.recipe.config, pipeline.meter
     workload = config["workload"]
     assert meter is not None
+    bench.mark("data")
     model = fresh_model(pipeline, manifest)
     run = prepared_run(pipeline, model)
     trainer = Trainer(run, np.load(data_path / "train.npy", mmap_mode="r"), workload, config["seed"])
+    bench.mark("model")
     warm = bench.warm_up(meter, trainer.step)
     metrics = warm.metrics
     trainer.train(max(0, workload["steps"] - trainer.steps), pipeline.progress)
