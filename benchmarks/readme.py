@@ -65,9 +65,64 @@ def peer_table(where: Path) -> list[str]:
     return lines
 
 
+ATTENTION_SHAPES = ("b1_h16x16_q16384_k16384_d128_causal", "b1_h32x32_q16384_k16384_d64_causal")
+DECODE_SHAPES = ("b1_h32x8_q1_k32768_d128_causal", "b16_h32x8_q1_k8192_d128_causal")
+LINEAR_SHAPES = ("m1_n8192_k8192_int4_g128_asym", "m1_n8192_k8192_int8_g128_asym", "m16_n8192_k8192_int4_g128_asym")
+
+
+def kernel_table(where: Path) -> list[str]:
+    """Our kernels beside their peers in the same run: products in TFLOP/s, what is bound by memory in TB/s."""
+    by_op = {r["config"]["workload"]["op"]: r for r in read_records(where)}
+    lines = ["", "Kernels of `kernels/` against their peers, in turns in one run, bf16:", ""]
+    lines += ["| shape | Dyno (Triton) | PyTorch |", "|---|---|---|"]
+
+    def row(op: str, shape: str, peers: dict[str, str], figure: str, unit: str) -> None:
+        metrics = by_op[op]["metrics"]
+
+        def rate(variant: str) -> str:
+            return f"{metrics[f'{shape}.{variant}.{figure}']['value'] / 1e12:.3g}"
+
+        others = ", ".join(f"{name} {rate(variant)}" for variant, name in peers.items())
+        lines.append(f"| {op} {shape} | {rate('triton')} {unit} | {others} {unit} |")
+
+    for shape in ATTENTION_SHAPES:
+        row("attention", shape, {"sdpa_flash": "flash", "sdpa_cudnn": "cuDNN"}, "flop_per_s", "TFLOP/s")
+    for shape in DECODE_SHAPES:
+        row("attention", shape, {"sdpa_flash": "flash", "sdpa_cudnn": "cuDNN"}, "byte_per_s", "TB/s")
+    metrics = by_op["quantized_linear"]["metrics"]
+    for shape in LINEAR_SHAPES:
+        ours, dense = (metrics[f"{shape}.{v}.time_s"]["value"] * 1e6 for v in ("triton", "torch_dense"))
+        lines.append(f"| quantized_linear {shape} | {ours:.3g} us | cuBLAS bf16 {dense:.3g} us |")
+    return lines
+
+
+def serving_table(where: Path) -> list[str]:
+    """Decode rows of a sweep, as they came."""
+    records = [r for r in read_records(where) if r["status"] == "ok"]
+    workload = records[0]["config"]["workload"]
+    lines = [
+        "",
+        f"Serving `model={records[0]['choices']['model']}` in bf16, {workload['requests']} sequences, prompt "
+        f"{workload['prompt']}, {workload['new_tokens']} new tokens, no CUDA graphs yet, so bound by launches:",
+        "",
+        "| attention | quantization | decoding | decode tokens/s | time to first token | model | KL to the original |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        axes = [record["choices"][a] for a in ("attention", "quantization", "decoding")]
+        names = ("decode_tokens_per_s", "ttft_s", "model_bytes", "kl_divergence")
+        lines.append("| " + " | ".join([*axes, *(cell(record["metrics"].get(name)) for name in names)]) + " |")
+    return lines
+
+
 def main() -> None:
     reference = ROOT / "results" / "reference" / "h100"
-    figures = [*study_table(reference / "quickstart-160m"), *peer_table(reference / "train-1b")]
+    figures = [
+        *study_table(reference / "quickstart-160m"),
+        *peer_table(reference / "train-1b"),
+        *kernel_table(reference / "kernels"),
+        *serving_table(reference / "generate-160m"),
+    ]
     path = ROOT / "README.md"
     head, _, rest = path.read_text().partition(START)
     _, _, tail = rest.partition(END)
