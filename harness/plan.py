@@ -6,10 +6,10 @@ knows none by name. Everything here is predicted, and labelled so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dyno.model.config import BYTE_VOCABULARY, config_of, parameter_counts
+from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.recipe import Recipe, compose
 from dyno.technique import Footprint, Shape
 
@@ -30,6 +30,8 @@ class Plan:
     terms: dict[str, dict[str, float]] = field(default_factory=dict)
     flops_per_step: float = 0.0
     bytes_per_step: float = 0.0
+    wire_bytes_per_step: float = 0.0
+    bubble: float = 0.0
     reasons: list[str] = field(default_factory=list)
 
     @property
@@ -64,6 +66,8 @@ class Plan:
             "terms_bytes": self.terms,
             "flops_per_step": self.flops_per_step,
             "bytes_per_step": self.bytes_per_step,
+            "wire_bytes_per_step": self.wire_bytes_per_step,
+            "bubble": self.bubble,
             "device": self.device.name,
         }
 
@@ -78,6 +82,12 @@ def shape_of(recipe: Recipe) -> Shape | None:
 
         node = {**node, **describe(node)}
     config = config_of(node, recipe.config["tokenizer"].get("vocab_size") or BYTE_VOCABULARY)
+    splits = max(t.splits for chosen in recipe.techniques.values() for t in chosen)
+    return replace(shape_from(config, workload), micro_batches=max(1, splits))
+
+
+def shape_from(config: ModelConfig, workload: dict[str, Any]) -> Shape:
+    """The sizes of a model and a workload."""
     total, linear = parameter_counts(config)
     serving = workload["measures"] == "infer"
     return Shape(
@@ -168,6 +178,8 @@ def training(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:
     all_tokens = shape.batch * shape.seq
     plan.flops_per_step = all_tokens * (6.0 * shape.linear_parameters + attention) * product(prints, "flops_factor")
     plan.bytes_per_step = 7 * WEIGHT * shape.parameters + 3 * activations
+    sent = sum(f.wire_bytes + f.wire_weights * stored + f.wire_activations * width for f in prints)
+    plan.wire_bytes_per_step, plan.bubble = sent, sum(f.bubble for f in prints)
 
 
 def serving(plan: Plan, shape: Shape, prints: list[Footprint]) -> None:

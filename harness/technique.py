@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes a prediction needs: the model's, and the workload's batch (sequences) and seq (tokens)."""
+    """The sizes a prediction needs: the model's, the workload's batch (sequences) and seq (tokens), and its splits."""
 
     parameters: int
     linear_parameters: int
@@ -34,6 +34,7 @@ class Shape:
     vocab: int
     batch: int
     seq: int
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Footprint:
     blocks' activations that the forward pass keeps, `logits_factor` the same of the logits.
 
     Amounts add: `master_bytes` a parameter of a wider copy; `recompute_blocks` whose inside the backward pass holds at
-    once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, `wire_bytes` that a rank
-    sends, and `bubble`, the idle share of a step.
+    once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, what a rank sends to others
+    (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's width, and `wire_bytes`), and
+    `bubble`, the idle share of a step.
     """
 
     weight_bytes: float | None = None
@@ -77,6 +79,8 @@ class Footprint:
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
     host_traffic_bytes: float = 0.0
+    wire_weights: float = 0.0
+    wire_activations: float = 0.0
     wire_bytes: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
@@ -105,6 +109,16 @@ class Technique:
     def world_size(self) -> int:
         """Ranks that the run needs: the knob `ranks` where a technique has one."""
         return int(getattr(self, "ranks", 1))
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that share the rows of a batch: all of them unless the technique says else."""
+        return self.world_size
+
+    @property
+    def splits(self) -> int:
+        """Micro-batches that a rank's rows are cut into: the knob `micro_batches` where a technique has one."""
+        return int(getattr(self, "micro_batches", 1))
 
     @property
     def subrecipe(self) -> list[str] | None:

@@ -164,16 +164,21 @@ class Decoder(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator, device=device) * std)
         return self
 
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S) -> (B, S, E), under autocast in its type: the residual stream as large runs keep it."""
+        x = self.embed(tokens)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+    def rotary(self, start: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (count, D) of the positions from `start` on, in the type and on the device of `like`."""
+        angles = torch.outer(self.positions(start, count, like.device), self.inverse_frequency.float())
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, S) -> final normed states (B, S, E)."""
-        start = cache.length if cache is not None else 0
-        x = self.embed(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream in the compute type, as large runs keep it
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        positions = self.positions(start, tokens.shape[1], tokens.device)
-        angles = torch.outer(positions, self.inverse_frequency.float())
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        x = self.embedded(tokens)
+        cos, sin = self.rotary(cache.length if cache is not None else 0, tokens.shape[1], x)
         for block in self.blocks:
             x = self.call_block(block, x, cos, sin, self.attend, cache)
         if cache is not None:

@@ -44,7 +44,8 @@ def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
 
 def plain_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
-    fused = parameters[0].device.type == "cuda"
+    # Sharded parameters (DTensors) leak under the fused step of torch 2.10 and 2.11 (pytorch#181761).
+    fused = parameters[0].device.type == "cuda" and not hasattr(parameters[0], "to_local")
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
@@ -63,6 +64,8 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         loss=plain_loss,
         optimizer=plain_optimizer,
         micro_batches=1,
+        data_ranks=run.ranks,
+        groups={},
         sync=lambda is_last: contextlib.nullcontext(),
         local_batch=partial(rows_of_rank, run),
         gradients=partial(accumulate, run),
@@ -123,9 +126,9 @@ class Trainer:
     def __init__(self, run: Run, stream: np.ndarray, workload: dict[str, Any], seed: int):
         self.run, self.workload = run, workload
         assert run.model is not None
-        batch, micro = workload["batch"], run.part("micro_batches")
-        if batch % (micro * run.ranks):
-            raise UserError(f"workload.batch={batch} is no multiple of {micro} micro-batches x {run.ranks} ranks")
+        batch, micro, ranks = workload["batch"], run.part("micro_batches"), run.part("data_ranks")
+        if batch % (micro * ranks):
+            raise UserError(f"workload.batch={batch} is no multiple of {micro} micro-batches x {ranks} ranks")
         self.optimizer = run.part("optimizer")(run.model, workload["lr"])
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.batches = batches(stream, batch, workload["seq"], seed)

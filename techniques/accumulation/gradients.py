@@ -23,7 +23,7 @@ class GradientAccumulation(Technique):
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         batch = recipe.config["workload"]["batch"]
-        ranks = max(1, *(t.world_size for chosen in recipe.techniques.values() for t in chosen))
+        ranks = max(1, *(t.data_ranks for chosen in recipe.techniques.values() for t in chosen))
         if self.micro_batches < 1 or batch % (ranks * self.micro_batches):
             over = f" on each of {ranks} ranks" if ranks > 1 else ""
             return f"workload.batch={batch} cannot be split into accumulation.micro_batches={self.micro_batches}{over}"

@@ -1,0 +1,145 @@
+"""What a layout keeps and sends on one rank, by the formulas of the papers. No torch: plans need it.
+
+A ring of n ranks moves (n - 1) / n of what it gathers or scatters through every rank, and twice that of what it reduces
+to all; PyTorch's collectives are counted the same way when a run measures them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Shape
+from dyno.techniques.parallelism import _stages
+
+if TYPE_CHECKING:
+    from dyno.techniques.parallelism.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank of the pipeline holds of the model, before tensor ranks and data ranks share it."""
+
+    layers: int
+    block: float  # weights of one block
+    embedding: float
+    head: float  # 0 where the head is the embedding
+
+    @property
+    def weights(self) -> float:
+        return self.layers * self.block + self.embedding + self.head
+
+
+def ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
+    """The blocks of a pipeline rank; its embedding and head if it has them, each with a copy of tied weights."""
+    table = float(shape.vocab * shape.hidden)
+    tied = shape.parameters - shape.linear_parameters < table
+    block = (shape.parameters - table * (1 if tied else 2)) / shape.layers  # the last norm is spread over the blocks
+    if layout.pp == 1:
+        return Part(shape.layers, block, table, 0.0 if tied else table)
+    stages = layout.pp * _stages.stages_per_rank(layout)
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    cuts = _stages.balance(shape, stages, tokens)
+    mine = [s for s in range(stages) if _stages.rank_of(s, layout) == pp_rank]
+    return Part(sum(len(cuts[s]) for s in mine), block, table * (0 in mine), table * (stages - 1 in mine))
+
+
+def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
+    """Numbers of a weight's width that a rank sends in a step for its replicas' and shards' sake."""
+    here = part.weights / layout.tp
+    blocks = part.layers * part.block / layout.tp
+    scattered, micro = here * ring(layout.shards), shape.micro_batches
+    once = 2 * here / layout.shards * ring(layout.copies)
+    if layout.zero == 1:
+        once += 2 * scattered
+    elif layout.zero == 2:
+        once += (1 + micro) * scattered
+    elif layout.zero == 3:
+        again = blocks * ring(layout.reshard_to or layout.shards)
+        once += micro * (2 * scattered + again)
+    if layout.pp > 1 and tied(shape) and bool(part.embedding) != bool(part.head):
+        once += part.embedding / layout.tp / layout.shards + part.head / layout.tp / layout.shards
+    return once
+
+
+def tied(shape: Shape) -> bool:
+    return shape.parameters - shape.linear_parameters < shape.vocab * shape.hidden
+
+
+def activation_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
+    """Numbers of an activation's width that a rank sends in a step, nothing being recomputed.
+
+    Tensor parallel: four reductions a layer of (tokens x hidden), whole or as scatter and gather; one more each at the
+    embedding and the head. Pipeline: a boundary's states and their gradients. Ring: keys and values, forward and
+    backward. Ulysses: queries, keys, values and outputs, forward and backward.
+    """
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    queries = tokens * shape.heads * shape.head_dim / layout.tp
+    keys = tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
+    reductions = 4 * part.layers + bool(part.embedding) + has_head(layout, part)
+    numbers = reductions * 2 * tokens * shape.hidden * ring(layout.tp)
+    if not layout.loss_parallel:
+        numbers += has_head(layout, part) * tokens * shape.vocab * ring(layout.tp)
+    if layout.pp > 1:
+        numbers += _stages.sends(layout) * tokens * shape.hidden / layout.token_shards
+    if layout.cp > 1 and layout.context == "ring":
+        numbers += part.layers * 2 * (layout.cp - 1) * keys
+    elif layout.cp > 1:
+        numbers += part.layers * 2 * (2 * queries + keys) * ring(layout.cp)
+    return numbers
+
+
+def has_head(layout: Mesh, part: Part) -> bool:
+    return layout.pp == 1 or bool(part.head)
+
+
+def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
+    """Bytes sent in fp32 whatever the activations are: a ring's gradients of keys and values, a softmax's sums."""
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    total = 0.0
+    if layout.cp > 1 and layout.context == "ring":
+        total += 4 * part.layers * layout.cp * tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
+    if layout.loss_parallel:  # its maximum, its sum, and the target's logit
+        total += 4 * has_head(layout, part) * 3 * 2 * tokens * ring(layout.tp)
+    return total
+
+
+def footprint(layout: Mesh, shape: Shape) -> Footprint:
+    """The share of the rank that holds and sends the most."""
+    parts = [part_of(layout, shape, rank) for rank in range(layout.pp)]
+    heaviest = max(parts, key=lambda part: part.weights)
+    whole = heaviest.weights / layout.tp
+    alive = _stages.in_flight(layout) / layout.micro_batches if layout.pp > 1 else 1.0
+    logits_at_once = 1 / _stages.in_flight(layout) if layout.pp > 1 and layout.schedule != "gpipe" else 1.0
+    extra, gradients = 0.0, 1.0
+    if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
+        extra, gradients = 4.0 * whole, 0.0
+    elif layout.zero >= 2:
+        gradients = 1 / layout.shards
+        extra = 4.0 * heaviest.block / layout.tp  # one block's gradients before they are scattered
+    if layout.zero == 3:  # what the root holds, and two blocks in flight
+        extra += 4.0 * (heaviest.embedding + heaviest.head + 2 * heaviest.block) / layout.tp
+    # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices.
+    outside = 6 * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
+    unsplit = 1.0 if layout.token_shards > 1 or layout.tp == 1 else 1 + (layout.tp - 1) * outside
+    gathered = {0: 1.0, 3: 1 / layout.shards}.get(layout.zero, 1 + 1 / layout.shards)
+    return Footprint(
+        parameter_factor=gathered,
+        gradient_factor=gradients,
+        optimizer_factor=1 / layout.shards,
+        batch_factor=alive / (layout.dp * layout.cp),
+        layer_factor=heaviest.weights / shape.parameters,
+        width_factor=1 / layout.tp,
+        activation_factor=unsplit,
+        logits_factor=logits_at_once / layout.vocabulary_shards,
+        extra_bytes=extra,
+        wire_weights=max(weight_numbers(layout, shape, part) for part in parts),
+        wire_activations=max(activation_numbers(layout, shape, part) for part in parts),
+        wire_bytes=max(wide_bytes(layout, shape, part) for part in parts),
+        bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
+        ranks=layout.world_size,
+    )

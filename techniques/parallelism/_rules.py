@@ -1,0 +1,146 @@
+"""Why a layout cannot be: the first reason that holds, in the user's words. No torch: plans need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dyno.plan import shape_of
+from dyno.technique import Shape
+from dyno.techniques.parallelism import _stages
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+    from dyno.techniques.parallelism.mesh import Mesh
+
+CONTEXTS = ("ring", "ulysses")
+RING_ATTENTIONS = ("sdpa", "sdpa_flash")
+
+
+def reason(layout: Mesh, recipe: Recipe, device: Device) -> str | None:
+    if recipe.config["workload"]["measures"] != "train":
+        return "a parallel layout is for workloads that measure training"
+    wrong = next(knobs(layout), None)
+    if wrong:
+        return wrong
+    shape = shape_of(recipe)
+    assert shape is not None
+    for rules in (machine(layout, device), data(layout, shape), tensor(layout, shape), pipeline(layout, shape, recipe),
+                  context(layout, shape, recipe), neighbours(layout, recipe)):  # fmt: skip
+        wrong = next(rules, None)
+        if wrong:
+            return wrong
+    return None
+
+
+def knobs(layout: Mesh) -> Iterator[str]:
+    """Values that no model and no machine can make right."""
+    for name in ("dp", "tp", "pp", "cp", "ep", "replicate", "micro_batches", "virtual_stages"):
+        if getattr(layout, name) < 1:
+            yield f"parallelism.{name}={getattr(layout, name)}: it takes 1 or more"
+    if layout.ep > 1:
+        yield f"parallelism.ep={layout.ep}: this decoder has no experts to put on different ranks"
+    if layout.zero not in (0, 1, 2, 3):
+        yield f"parallelism.zero={layout.zero}: it takes 0 (nothing sharded), 1, 2 or 3"
+    if layout.schedule not in _stages.SCHEDULES:
+        yield f"parallelism.schedule={layout.schedule}: it takes {', '.join(_stages.SCHEDULES)}"
+    if layout.context not in CONTEXTS:
+        yield f"parallelism.context={layout.context}: it takes {', '.join(CONTEXTS)}"
+    if layout.replicate > 1 and layout.zero == 0:
+        yield f"parallelism.replicate={layout.replicate} copies of what is sharded: set parallelism.zero to 1, 2 or 3"
+    if layout.dp % layout.replicate:
+        yield f"parallelism.dp={layout.dp} ranks cannot make parallelism.replicate={layout.replicate} equal groups"
+    split = layout.reshard_to
+    if split and (layout.zero != 3 or split < 2 or split >= layout.shards or layout.shards % split):
+        yield (
+            f"parallelism.reshard_to={split}: it takes a divisor of the {layout.shards} sharding ranks between 1 and "
+            "that, with parallelism.zero=3; 0 is all of them"
+        )
+
+
+def machine(layout: Mesh, device: Device) -> Iterator[str]:
+    if device.kind == "cuda" and layout.tp > device.count:
+        yield (
+            f"parallelism.tp={layout.tp} must lie inside one machine, whose links carry four reductions a layer; "
+            f"this one has {device.count} GPUs"
+        )
+    if device.kind == "cuda" and layout.world_size > device.count:
+        yield f"{layout.world_size} ranks need as many GPUs, this machine has {device.count}"
+
+
+def data(layout: Mesh, shape: Shape) -> Iterator[str]:
+    micro = layout.splits
+    if shape.batch % (layout.dp * micro):
+        over = f" x {micro} micro-batches" if micro > 1 else ""
+        yield f"workload.batch={shape.batch} cannot be split over parallelism.dp={layout.dp}{over}"
+
+
+def tensor(layout: Mesh, shape: Shape) -> Iterator[str]:
+    for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn),
+                       ("vocab_size", shape.vocab)):  # fmt: skip
+        if size % layout.tp:
+            yield f"model.{name}={size} cannot be split over parallelism.tp={layout.tp}"
+    part = shape.seq // layout.cp
+    if part % layout.token_shards:
+        yield (
+            f"workload.seq={shape.seq} cannot be split over parallelism.tp={layout.tp} between the blocks; "
+            "choose another or parallelism.sequence_parallel=false"
+        )
+
+
+def pipeline(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
+    if layout.pp == 1:
+        return
+    p, m, v = layout.pp, layout.micro_batches, _stages.stages_per_rank(layout)
+    if shape.layers < p * v:
+        each = f" x {v} stages" if v > 1 else ""
+        yield f"model.layers={shape.layers} are fewer than parallelism.pp={p}{each}"
+    if layout.schedule in ("interleaved", "zero_bubble") and m % max(1, m // p):
+        yield f"parallelism.micro_batches={m} cannot go round parallelism.pp={p} ranks in equal rounds; take a multiple"
+    if layout.schedule == "zbv" and m < 2 * p - 1:
+        yield f"parallelism.schedule=zbv needs 2 x pp - 1 = {2 * p - 1} micro-batches, there are {m}"
+    if layout.zero > 1:
+        yield (
+            f"parallelism.zero={layout.zero}: a pipeline keeps a stage's weights and gradients whole until its last "
+            "micro-batch, which is zero=1"
+        )
+    recomputed = [t.footprint(shape, None).recompute_blocks for t in recipe.techniques["checkpointing"]]  # type: ignore[arg-type]
+    if max(recomputed) > 1:
+        yield "a segment of several blocks may lie across two stages; recompute block by block (one block a segment)"
+    if max(recomputed) and layout.schedule in _stages.SPLIT_BACKWARD:
+        yield f"parallelism.schedule={layout.schedule} runs a backward pass in two halves; what is recomputed has one"
+
+
+def context(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
+    if layout.cp == 1:
+        return
+    parts = 2 * layout.cp if layout.context == "ring" else layout.cp
+    if shape.seq % parts:
+        twice = "twice " if layout.context == "ring" else ""
+        yield f"workload.seq={shape.seq} cannot be split into {parts} parts, {twice}parallelism.cp={layout.cp}"
+    attention = recipe.option("attention")
+    if layout.context == "ring" and attention not in RING_ATTENTIONS:
+        yield (
+            f"attention={attention}: the ring merges the parts of PyTorch's flash kernel; use attention=sdpa, "
+            "or parallelism.context=ulysses, which takes any"
+        )
+    if layout.context == "ulysses":
+        for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads)):
+            if size % (layout.cp * layout.tp):
+                over = f" x parallelism.tp={layout.tp}" if layout.tp > 1 else ""
+                yield f"model.{name}={size} cannot be split over parallelism.cp={layout.cp}{over}, which ulysses needs"
+
+
+def neighbours(layout: Mesh, recipe: Recipe) -> Iterator[str]:
+    """What other axes ask for and a split step cannot give."""
+    compiled = recipe.config["compile"]
+    if layout.pp > 1 and compiled.get("per_block") is False:
+        yield "a pipeline's forward pass is no single graph; add compile.per_block=true"
+    if layout.pp > 1 and layout.schedule in _stages.SPLIT_BACKWARD and "per_block" in compiled:
+        yield f"parallelism.schedule={layout.schedule} runs a backward pass in two halves; a compiled one has one"
+    if layout.pp > 1 and recipe.config["accumulation"].get("micro_batches"):
+        yield "a pipeline has micro-batches of its own: use parallelism.micro_batches and accumulation=none"
+    alone = layout.zero == 0 and layout.tp == layout.pp == layout.cp == 1
+    if recipe.config["precision"].get("loss_scaling") and layout.world_size > 1 and not alone:
+        yield "loss scaling looks for overflows in whole gradients, which no rank has here; use precision=bf16"
