@@ -72,7 +72,7 @@ class FP8(Technique):
         project = projection(_fp8.Recipe(self.scaling == "rowwise", self.fast_backward))
         for block in run.model.blocks:
             for part in (block.attention, block.mlp):
-                part.project = project  # type: ignore[union-attr, assignment]
+                part.project = project  # type: ignore[union-attr]
         wide = [
             name
             for name, layer in run.model.named_modules()
