@@ -9,9 +9,11 @@ import torch
 from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, problem
 from test_kernels_quantized import GRIDS, MATRICES
+from test_loss import SHAPES, agree
 
 from dyno.errors import UserError
-from dyno.kernels import _flash, _quantized, attention, operation, operations
+from dyno.kernels import _flash, _fp8, _fp8_cast, _quantized, attention, operation, operations
+from dyno.kernels import linear_cross_entropy as loss
 from dyno.kernels import quantized_linear as linear
 from dyno.kernels._flash import Tiles
 
@@ -122,3 +124,38 @@ def test_every_triton_version_is_offered_and_agrees():
             arguments = module.inputs(shape, "cpu", torch.float32, 1)
             found = module.implementations("cpu")["triton"](**arguments)
             torch.testing.assert_close(found, module.reference(**arguments), **module.tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [_fp8.E4M3, _fp8.E5M2])
+@pytest.mark.parametrize("heights", [(5,), (70, 16), (3, 65, 1)], ids=str)
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_fp8_operands(heights, dtype, rowwise):
+    """On values that the format holds, for the interpreter rounds others wrongly (a carry into the exponent is lost)."""
+    rows, width, generator = sum(heights), 72, torch.Generator().manual_seed(0)
+    values = torch.randint(-8, 9, (rows, width), generator=generator).float()
+    powers = 2.0 ** torch.randint(-3, 4, (rows + width, 1), generator=generator)
+    scales = (powers[:rows], powers[rows:]) if rowwise else (torch.tensor(0.5),) * 2
+    parts = [part.t().contiguous().t() if i % 2 else part for i, part in enumerate(values.split(list(heights)))]
+    got = _fp8_cast.cast_both_ways(parts, *scales, dtype)
+    for a, b in zip(got, _fp8.operands(parts, *scales, dtype), strict=True):
+        assert a.shape == b.shape and torch.equal(a.float(), b.float())
+
+
+@pytest.mark.parametrize("block", [16, 8192])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_loss(shape, block, monkeypatch):
+    monkeypatch.setattr("dyno.kernels._cross_entropy.MAX_BLOCK", block if shape[2] < 100 else 256)
+    agree(lambda h, w, t: loss.fused_loss(h, w, t, 50), shape)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_fused_loss_in_bf16(weights):
+    agree(lambda h, w, t: loss.fused_loss(h, w, t, 50), SHAPES[1], torch.bfloat16, weights=weights)
+
+
+def test_fused_loss_of_large_logits_and_of_no_target():
+    made = loss.inputs(loss.LossShape(*SHAPES[0]), "cpu", torch.float32, 0)
+    made["hidden"] *= 1e4
+    assert torch.allclose(loss.hidden_gradient(loss.fused_loss, **made), loss.reference(**made), atol=1e-5)
+    made["targets"].fill_(loss.IGNORE)
+    assert not loss.hidden_gradient(loss.fused_loss, **made).any()

@@ -76,6 +76,21 @@ def linear(bits):
     return compiled(_quantized._gemm, pointers, constants, tiles.warps, tiles.stages)
 
 
+def fp8_operands(element, target):
+    from dyno.kernels import _fp8_cast
+
+    pointers = {"X": element, "RowScale": "fp32", "ColumnScale": "fp32", "Rows": target, "Columns": target}
+    constants = {"ROW_STRIDE": 1, "COLUMN_STRIDE": 1, "LIMIT": 448.0, "BLOCK": _fp8_cast.TILE}
+    return compiled(_fp8_cast._cast, pointers, constants, 4, 3)
+
+
+def cross_entropy(element):
+    from dyno.kernels import _cross_entropy
+
+    pointers = {"Logits": element, "Targets": "i64", "Losses": "fp32"}
+    return compiled(_cross_entropy._losses_and_slopes, pointers, {"BLOCK": _cross_entropy.MAX_BLOCK}, 16, 3)
+
+
 def test_sm90_code():
     # In a process of its own: this one may already have imported the kernels for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -96,4 +111,7 @@ if __name__ == "__main__":
         "fp32_d64": attention(64, 4096, "float32"),
         "int4": linear(4),
         "int8": linear(8),
+        "cross_entropy": cross_entropy("bf16"),
+        "fp8_of_bf16": fp8_operands("bf16", "fp8e5"),
+        "fp8_of_fp32": fp8_operands("fp32", "fp8e4nv"),
     }))  # fmt: skip

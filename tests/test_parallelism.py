@@ -28,11 +28,16 @@ SIZES = {"vocab_size": 64, "layers": 3}  # every matrix divides by two
 CASES = {
     "one": [],
     "one_bf16": ["precision=bf16"],
+    "one_master_bf16": ["precision=bf16_master"],
+    "one_stochastic_bf16": ["precision=bf16_stochastic"],
     "ddp": ["parallelism=ddp"],
     "ddp_accumulated": ["parallelism=ddp", "accumulation=gradients", "accumulation.micro_batches=2"],
     "zero3": ["parallelism=zero3"],
     "zero3_accumulated": ["parallelism=zero3", "accumulation=gradients", "accumulation.micro_batches=2"],
     "zero3_bf16": ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"],
+    "zero3_master_bf16": ["parallelism=zero3", "precision=bf16_master"],
+    "zero3_stochastic_bf16": ["parallelism=zero3", "precision=bf16_stochastic"],
+    "ddp_stochastic_bf16": ["parallelism=ddp", "precision=bf16_stochastic"],
 }
 
 
@@ -136,6 +141,18 @@ def test_zero3_with_bf16_and_checkpointing_trains_like_bf16(results):
     for seen in results["zero3_bf16"]:
         torch.testing.assert_close(seen["losses"], results["one_bf16"][0]["losses"], atol=0.02, rtol=0)
     assert results["zero3_bf16"][0]["state.blocks.0.mlp.up_proj.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", ["zero3_master_bf16", "zero3_stochastic_bf16", "ddp_stochastic_bf16"])
+def test_ranks_with_bf16_weights_train_like_one_process(case, results):
+    """Stochastic rounding draws for whole weights in one process and for parts under ZeRO-3: close, not equal."""
+    expected = results["one_" + case.split("_", 1)[1]][0]
+    name = "state.blocks.0.mlp.up_proj.weight"
+    assert expected["losses"][-1] < expected["losses"][0] - 0.1
+    for seen in results[case]:
+        torch.testing.assert_close(seen["losses"], expected["losses"], atol=0.03, rtol=0)
+    assert results[case][0][name].dtype == torch.bfloat16
+    assert torch.equal(results[case][0]["logits"], results[case][1]["logits"])  # no rank drifts away
 
 
 @pytest.mark.parametrize("what", ["bytes", "moments"])

@@ -2,7 +2,8 @@
 
 Shapes: B sequences, S query tokens, T tokens in all (cached + new), H query heads, G KV heads, D head width, E hidden.
 Seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), `positions`
-(which a rank that holds part of a sequence counts otherwise), and the cache that `forward` is given.
+(which a rank that holds part of a sequence counts otherwise), `project` of attention and MLP (linear layers of one
+input), `head_loss` (the head and the loss in one), and the cache that `forward` is given.
 """
 
 from __future__ import annotations
@@ -68,9 +69,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def project_each(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of several linear layers of one input."""
+    return tuple(layer(x) for layer in layers)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.project: Callable[..., tuple[Tensor, ...]] = project_each
         self.config, self.layer = config, layer
         hidden, width, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
@@ -83,17 +90,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None) -> Tensor:
         batch, new, _ = x.shape
         dim = self.config.head_dim
-        q = self.q_proj(x).view(batch, new, -1, dim)
-        k = self.k_proj(x).view(batch, new, -1, dim)
-        v = self.v_proj(x).view(batch, new, -1, dim).transpose(1, 2)
+        q, k, v = (y.view(batch, new, -1, dim) for y in self.project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), cos, sin)
         k = rotate(k.transpose(1, 2), cos, sin)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         out = attend(q, k, v, causal=True, scale=None)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, new, -1))
+        return self.project(out.transpose(1, 2).reshape(batch, new, -1), self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -101,12 +107,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.project: Callable[..., tuple[Tensor, ...]] = project_each
         self.gate_proj = nn.Linear(config.hidden, config.ffn_width, bias=False)
         self.up_proj = nn.Linear(config.hidden, config.ffn_width, bias=False)
         self.down_proj = nn.Linear(config.ffn_width, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x, self.gate_proj, self.up_proj)
+        return self.project(F.silu(gate) * up, self.down_proj)[0]
 
 
 class Block(nn.Module):
@@ -133,8 +141,15 @@ def call_plainly(block: nn.Module, *args: Any) -> Tensor:
     return block(*args)
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Floating parameters to one type; packed buffers and rotary frequencies keep theirs."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 class Decoder(nn.Module):
-    """tokens (B, S) -> logits (B, S, vocab_size)."""
+    """tokens (B, S) -> logits (B, S, vocab_size), or what `head_loss` makes of them where targets (B, S) are given."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -148,6 +163,7 @@ class Decoder(nn.Module):
         self.attend: Attend = eager
         self.call_block: Callable[..., Tensor] = call_plainly
         self.positions: Callable[[int, int, torch.device], Tensor] = count_up
+        self.head_loss: Callable[[Tensor, nn.Linear, Tensor], Tensor] | None = None
         self.inverse_frequency: Tensor
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
@@ -185,5 +201,9 @@ class Decoder(nn.Module):
             cache.advance(tokens.shape[1])
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        return self.lm_head(self.hidden_states(tokens, cache))
+    def forward(self, tokens: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
+        hidden = self.hidden_states(tokens, cache)
+        if targets is None:
+            return self.lm_head(hidden)
+        assert self.head_loss is not None, "targets are for a run whose loss takes over the head"
+        return self.head_loss(hidden, self.lm_head, targets)

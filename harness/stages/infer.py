@@ -14,7 +14,7 @@ from dyno.artifacts import acting
 from dyno.errors import NonFinite, UserError
 from dyno.kernels.attention import eager
 from dyno.model.config import ModelConfig, parameter_counts
-from dyno.model.decoder import Decoder, call_plainly
+from dyno.model.decoder import Decoder, call_plainly, cast
 from dyno.record import Metric
 from dyno.stages import bench, compress
 from dyno.technique import Run
@@ -62,13 +62,6 @@ def prepared_run(pipeline: Pipeline, model: Decoder) -> Run:
         run.draft.attend = run.part("attention")
         cast(run.draft, run.part("weights_dtype"))
     return run
-
-
-def cast(model: Decoder, dtype: torch.dtype) -> None:
-    """Floating parameters to the serving type; packed buffers and rotary frequencies keep theirs."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
 
 
 def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:

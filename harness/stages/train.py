@@ -23,7 +23,7 @@ from dyno.artifacts import acting, stage_key
 from dyno.errors import NonFinite, UserError
 from dyno.kernels.attention import eager
 from dyno.model.config import ModelConfig, config_of, parameter_counts
-from dyno.model.decoder import Decoder, call_plainly
+from dyno.model.decoder import Decoder, call_plainly, cast
 from dyno.record import Metric
 from dyno.stages import bench
 from dyno.technique import Run
@@ -76,6 +76,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
     for chosen in acting(pipeline.recipe, stage).values():
         for technique in chosen:
             technique.apply(run)
+            cast(model, run.part("weights_dtype"))  # now: a layout or an optimizer takes hold of the weights later
             model.attend = run.part("attention")
             model.call_block = run.part("call_block")
     return run
@@ -195,9 +196,9 @@ def key(pipeline: Pipeline, data_key: str) -> str:
 
 
 def save(directory: Path, model: Decoder, state: dict[str, Tensor]) -> None:
-    """model.safetensors and config.json: fp32 or as the state is, tied weights once."""
+    """model.safetensors in fp32 and config.json, tied weights once."""
     tied = {"lm_head.weight"} if model.config.tied_embeddings else set()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in tied}
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in state.items() if k not in tied}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(asdict(model.config)))
 

@@ -1,0 +1,73 @@
+"""Training with weights in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Run, Shape, Technique
+from dyno.techniques.precision.formats import Autocast
+
+if TYPE_CHECKING:
+    import torch
+
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+
+@dataclass
+class Bf16Master(Technique):
+    """Weights, gradients and activations in bf16; the optimizer steps on fp32 master weights and rounds them.
+
+    Paper: Micikevicius et al. 2018, arXiv:1710.03740. As many bytes of state as fp32 weights (2 + 2 + 4 + 8), but half
+    the bytes of gradients, of weights gathered by a layout and of casts. Served in bf16.
+    """
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        return Autocast("bfloat16").unsupported(recipe, device)
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(
+            weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
+            master_bytes=4.0,
+        )  # fmt: skip
+
+    def apply(self, run: Run) -> None:
+        import torch
+
+        run.replace("weights_dtype", torch.bfloat16, by=self)
+        run.replace("matmul_dtype", "bf16", by=self)
+        if run.stage == "infer":
+            return
+        from dyno.techniques.precision._wide_optimizer import WideOptimizer
+        from dyno.techniques.precision.formats import cpu_multiplies, round_products
+
+        rounding = self.rounding(run)
+        run.wrap("optimizer", lambda make: lambda model, lr: WideOptimizer(model, lr, make, rounding), by=self)
+        if run.device.type == "cpu" and not cpu_multiplies("bfloat16"):
+            assert run.model is not None
+            round_products(run.model, torch.bfloat16)
+            run.note("arithmetic", "bfloat16 values multiplied in fp32: this CPU has no instruction for it")
+
+    def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What brings an updated weight to bf16 when no master is kept; None keeps masters."""
+        return None
+
+
+@dataclass
+class Bf16Stochastic(Bf16Master):
+    """Weights in bf16 and nowhere wider: the updated weight is rounded up or down at random, its mean exact.
+
+    Paper: Gupta et al. 2015, arXiv:1502.02551. Rounding to the nearest would lose every update under 2^-9 of a weight.
+    """
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(
+            weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16"
+        )
+
+    def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        from dyno.techniques.precision._wide_optimizer import StochasticRounding
+
+        return StochasticRounding(run.recipe.config["seed"])
