@@ -25,7 +25,7 @@ from dyno.kernels.attention import eager
 from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast
 from dyno.record import Metric
-from dyno.stages import bench
+from dyno.stages import activations, bench
 from dyno.technique import Run
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Trainer:
     """One optimizer step after another over a stream, as the run's parts say."""
 
     def __init__(self, run: Run, stream: np.ndarray, workload: dict[str, Any], seed: int):
-        self.run, self.workload = run, workload
+        self.run, self.workload, self.stream = run, workload, stream
         assert run.model is not None
         batch, micro, ranks = workload["batch"], run.part("micro_batches"), run.part("data_ranks")
         if batch % (micro * ranks):
@@ -263,6 +263,15 @@ def step_flops(config: ModelConfig, tokens: int, seq: int) -> float:
     return tokens * (6.0 * linear + 6.0 * config.layers * config.heads * config.head_dim * seq)
 
 
+def step_costs(run: Run, trainer: Trainer, seed: int) -> dict[str, Metric]:
+    """activation_bytes and recomputed_flops, on a batch of their own: the batches of training stay as they are."""
+    assert run.model is not None
+    tokens, seq = trainer.tokens_per_step, trainer.workload["seq"]
+    batch = next(batches(trainer.stream, trainer.workload["batch"], seq, seed + 1))
+    forward = 2.0 * parameter_counts(run.model.config)[1] * tokens
+    return activations.metrics(run, trainer.optimizer, *batch, step_flops(run.model.config, tokens, seq), forward)
+
+
 def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     """Train for workload.steps, evaluate, then measure further steps; returns metrics and the weights' key."""
     data_path, manifest, data_key = pipeline.data()
@@ -276,6 +285,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     bench.mark("model")
     warm = bench.warm_up(meter, trainer.step)
     metrics = warm.metrics
+    metrics |= step_costs(run, trainer, config["seed"])
     trainer.train(max(0, workload["steps"] - trainer.steps), pipeline.progress)
     metrics["train_loss"] = Metric(trainer.mean_loss(), "nats", source=f"step {trainer.steps}")
     if trainer.steps == workload["steps"] or workload["steps"] == 0:

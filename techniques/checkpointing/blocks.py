@@ -1,4 +1,4 @@
-"""Activation checkpointing over transformer blocks."""
+"""Activation checkpointing over transformer blocks: keep the inputs of segments, run their insides again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape, Technique
+from dyno.techniques.checkpointing._chain import Schedule, Segment, described, segments
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -15,55 +16,38 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Segments(Technique):
-    """Keep the input of every segment of blocks and recompute its inside during the backward pass.
-
-    Paper: Chen et al. 2016, arXiv:1604.06174. A segment is one block unless a subclass says else.
-    """
-
-    def segment(self, layers: int) -> int:
-        """Blocks in a segment."""
-        return 1
+class Recomputing(Technique):
+    """What every way of recomputing shares. Paper: Chen et al. 2016, arXiv:1604.06174."""
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         if recipe.config["workload"]["measures"] in ("infer", "kernel"):
             return "checkpointing trades memory of a backward pass; this workload measures no training"
         return None
 
+
+@dataclass
+class Segments(Recomputing):
+    """Keep the input of every segment of blocks and recompute its inside during the backward pass.
+
+    Paper: Chen et al. 2016, arXiv:1604.06174. A segment is one block unless a subclass says else.
+    """
+
+    def lengths(self, layers: int) -> list[int]:
+        """Blocks in each segment, in order."""
+        return [1] * layers
+
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Kept: one boundary a segment; recomputed: the inside of one segment at a time."""
-        segment = max(1, min(self.segment(shape.layers), shape.layers))
-        boundaries = math.ceil(shape.layers / segment) / shape.layers * boundary_share(shape)
-        return Footprint(activation_factor=boundaries, recompute_blocks=segment, flops_factor=4 / 3)
+        lengths = self.lengths(shape.layers)
+        return Footprint(
+            activation_factor=len(lengths) / shape.layers * boundary_share(shape),
+            recompute_blocks=max(lengths),
+            flops_factor=1 + blocks_share(shape) / 3,
+        )
 
     def apply(self, run: Run) -> None:
-        from torch.utils.checkpoint import checkpoint
-
-        model = run.model
-        assert model is not None
-        blocks = list(model.blocks)
-        segment = max(1, min(self.segment(len(blocks)), len(blocks)))
-        position = {id(block): i for i, block in enumerate(blocks)}
-
-        def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
-            def call_block(block: Any, x: Any, *rest: Any) -> Any:
-                index = position[id(block)]
-                if not x.requires_grad and not model.training:
-                    return call(block, x, *rest)
-                if index % segment:
-                    return x  # ran inside the segment that started before it
-
-                def run_segment(x: Any) -> Any:
-                    for member in blocks[index : index + segment]:
-                        x = call(member, x, *rest)
-                    return x
-
-                return checkpoint(run_segment, x, use_reentrant=False)
-
-            return call_block
-
-        run.wrap("call_block", wrapper, by=self)
-        run.note("checkpointed_segment_blocks", segment)
+        assert run.model is not None
+        follow(run, segments(self.lengths(len(run.model.blocks))), by=self)
 
 
 @dataclass
@@ -75,8 +59,8 @@ class Uniform(Segments):
 
     every: int = 1
 
-    def segment(self, layers: int) -> int:
-        return self.every
+    def lengths(self, layers: int) -> list[int]:
+        return split(layers, max(1, self.every))
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         if self.every < 1:
@@ -91,10 +75,71 @@ class Sqrt(Segments):
     Paper: Chen et al. 2016, arXiv:1604.06174.
     """
 
-    def segment(self, layers: int) -> int:
-        return max(1, round(math.sqrt(layers)))
+    def lengths(self, layers: int) -> list[int]:
+        return split(layers, max(1, round(math.sqrt(layers))))
+
+
+@dataclass
+class Fibonacci(Segments):
+    """Segments of 1, 1, 2, 3, 5, ... blocks counted from the end, what is left over first.
+
+    Source: folklore, often called optimal; it is not: blocks hold far more inside than at their boundary. The backward
+    pass meets the short segments while most boundaries are still held, and the long ones when few are.
+    """
+
+    def lengths(self, layers: int) -> list[int]:
+        found, length, following, left = [], 1, 1, layers
+        while left >= length:
+            found.append(length)
+            left -= length
+            length, following = following, length + following
+        return [left] * (left > 0) + found[::-1]
+
+
+def split(layers: int, size: int) -> list[int]:
+    """Segments of so many blocks; the last has what is left."""
+    return [min(size, layers - start) for start in range(0, layers, size)]
 
 
 def boundary_share(shape: Shape) -> float:
     """A block's input over everything that the block keeps for its backward pass."""
     return shape.hidden / (14.0 * shape.hidden + 4.0 * shape.ffn)
+
+
+def blocks_share(shape: Shape) -> float:
+    """The blocks' share of the forward pass's FLOPs; the rest is the head over the vocabulary."""
+    attention = shape.layers * shape.heads * shape.head_dim * shape.seq
+    return 1 - shape.vocab * shape.hidden / (shape.linear_parameters + attention)
+
+
+def follow(run: Run, schedule: Schedule, *, by: Technique) -> None:
+    """Make the model run its blocks by a schedule."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = run.model
+    assert model is not None
+    blocks = list(model.blocks)
+    position = {id(block): i for i, block in enumerate(blocks)}
+    at = {item.start if isinstance(item, Segment) else item: item for item in schedule}
+
+    def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
+        def play(items: Schedule, x: Any, *rest: Any) -> Any:
+            for item in items:
+                if isinstance(item, Segment):
+                    # No random state is kept: nothing in a block draws a random number.
+                    x = checkpoint(play, item.inner, x, *rest, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = call(blocks[item], x, *rest)
+            return x
+
+        def call_block(block: Any, x: Any, *rest: Any) -> Any:
+            index = position[id(block)]
+            if not x.requires_grad and not model.training:
+                return call(block, x, *rest)
+            # Blocks inside a segment ran when its first block was called.
+            return play((at[index],), x, *rest) if index in at else x
+
+        return call_block
+
+    run.wrap("call_block", wrapper, by=by)
+    run.note("checkpointing_schedule", described(schedule))

@@ -1,0 +1,144 @@
+"""The schedule of least recomputation under a budget of activation memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dyno.errors import Unsupported
+from dyno.technique import Footprint, Run, Shape
+from dyno.techniques.checkpointing._chain import Chain, Optimum, Schedule, Segment, kept, peak, recomputed
+from dyno.techniques.checkpointing.blocks import Recomputing, blocks_share, boundary_share, follow
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+FINE = 1000  # units of memory in a predicted block
+
+
+@dataclass
+class Optimal(Recomputing):
+    """Least recomputation such that forward and backward hold at most `budget` x the blocks' activations of `none`.
+
+    Papers: Beaumont et al. 2019, arXiv:1911.13214; Griewank and Walther 2000, doi:10.1145/347837.347846. Bytes and work
+    of each block are measured on a copy of it before training; segments nest where the budget asks for it. A graph
+    compiler recomputes each operation once, so with whole-model compilation segments do not nest.
+    """
+
+    budget: float = 0.5
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        from dyno.plan import shape_of
+
+        reason = super().unsupported(recipe, device)
+        if reason:
+            return reason
+        if not 0 < self.budget <= 1:
+            return f"checkpointing.budget is {self.budget}; it takes a share of the activations, above 0 and up to 1"
+        shape = shape_of(recipe)
+        assert shape is None or shape.layers > 0
+        if shape is None:
+            return None
+        return best(predicted_chain(shape), self.budget, nests(recipe))[1]
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        chain = predicted_chain(shape)
+        schedule, _ = best(chain, min(max(self.budget, 0.0), 1.0), nested=True)
+        if schedule is None:
+            return Footprint()
+        inside = [peak(chain, i.inner, held=True) for i in schedule if isinstance(i, Segment)]
+        return Footprint(
+            activation_factor=kept(chain, schedule) / chain.everything,
+            recompute_blocks=max(inside, default=0) / FINE,
+            flops_factor=1 + recomputed(chain, schedule) / shape.layers * blocks_share(shape) / 3,
+        )
+
+    def apply(self, run: Run) -> None:
+        chain = measured_chain(run)
+        schedule, reason = best(chain, self.budget, nests(run.recipe))
+        if schedule is None:
+            raise Unsupported(f"{reason} (measured)")
+        follow(run, schedule, by=self)
+        run.note("checkpointing_predicted_share", peak(chain, schedule) / chain.everything)
+        run.note("checkpointing_recomputed_forwards", recomputed(chain, schedule) / sum(chain.cost))
+
+
+def nests(recipe: Recipe) -> bool:
+    """Whether a segment inside a segment is run as such: not by a graph compiler that sees the whole model."""
+    return recipe.option("compile") == "off" or bool(recipe.config["compile"].get("per_block"))
+
+
+def best(chain: Chain, budget: float, nested: bool) -> tuple[Schedule | None, str | None]:
+    """The schedule for a share of everything, or None and the reason."""
+    optimum = Optimum(chain, chain.everything, nested)
+    schedule = optimum.schedule(int(budget * chain.everything))
+    if schedule is not None:
+        return schedule, None
+    least = optimum.least_budget
+    assert least is not None  # keeping everything is a schedule
+    how = "" if nested else " without nesting"
+    return (
+        None,
+        f"checkpointing.budget={budget} is below {least / chain.everything:.3f}, the least that recomputing{how} reaches",
+    )
+
+
+def predicted_chain(shape: Shape) -> Chain:
+    """Equal blocks by arithmetic: a block's inside is `FINE` units."""
+    boundary = max(1, round(FINE * boundary_share(shape)))
+    n = shape.layers
+    return Chain([boundary] * n, [FINE] * n, [False] * n, [1.0] * n)
+
+
+def measured_chain(run: Run) -> Chain:
+    """Bytes of one row of the batch, and FLOPs a token, of each block as this run computes it."""
+    assert run.model is not None
+    seq = run.recipe.config["workload"]["seq"]
+    known: dict[tuple[Any, ...], tuple[int, int, bool]] = {}
+    width = run.model.config.heads * run.model.config.head_dim
+    sizes, cost = [], []
+    for block in run.model.blocks:
+        shapes = tuple((tuple(p.shape), p.dtype) for p in block.parameters())
+        if shapes not in known:
+            known[shapes] = block_bytes(run, block, seq)
+        sizes.append(known[shapes])
+        matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+        cost.append(2.0 * (matrices + seq * width))
+    boundary, inside, keeps = (list(column) for column in zip(*sizes, strict=True))
+    return Chain(boundary, inside, keeps, cost)
+
+
+def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
+    """(input, everything else that is kept, whether the input is kept) in bytes of one row: two rows less one.
+
+    What does not grow with the batch, such as weights cast to 16 bits, falls out.
+    """
+    import copy
+
+    import torch
+
+    model = run.model
+    assert model is not None
+    block = copy.deepcopy(block).to(run.part("weights_dtype"))
+    seen = []
+    for rows in (1, 2):
+        kept: dict[int, Any] = {}
+
+        def pack(tensor: Any, kept: dict[int, Any] = kept) -> Any:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with run.part("autocast")(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            auto = torch.is_autocast_enabled(run.device.type)
+            dtype = torch.get_autocast_dtype(run.device.type) if auto else run.part("weights_dtype")
+            x = torch.ones(rows, seq, model.config.hidden, device=run.device, dtype=dtype, requires_grad=True)
+            angles = torch.ones(seq, model.config.head_dim, device=run.device, dtype=dtype)
+            out = block(x, angles, angles, run.part("attention"), None)
+        keeps = kept.pop(x.untyped_storage()._cdata, None) is not None
+        seen.append((x.untyped_storage().nbytes(), sum(storage.nbytes() for storage in kept.values()), keeps))
+        del out
+    (boundary, one, keeps), (_, two, _) = seen
+    return boundary, two - one, keeps
