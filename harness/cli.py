@@ -82,7 +82,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--output", default="report.html", help="a .html or .md file (default: report.html)")
     report.add_argument("--title", default="Dyno report")
     report.add_argument(
-        "--constraint", action="append", default=[], help="such as 'peak_memory_bytes <= 8e9'; drawn in the plots"
+        "--constraint",
+        action="append",
+        default=[],
+        help="such as 'peak_memory_bytes <= 8 GiB' or 'perplexity <= 1.01 * baseline'",
     )
     report.add_argument("--baseline", metavar="ID", help="the run that ratios are taken over; default: the plainest")
     listing = verb("list", "axes, options and knobs", "  dyno list\n  dyno list quantization\n  dyno list model")

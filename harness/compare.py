@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dyno.errors import UserError
 from dyno.report.rows import BINDING, Cell, Row, explanation, metric_unit, rows
 from dyno.report.summary import cell_ratio
-from dyno.report.units import direction_of, kind_of, quantity, ratio_text
+from dyno.units import direction_of, kind_of, quantity, ratio_text
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,11 +11,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dyno import record
 from dyno.errors import UserError
 from dyno.record import Metric
+
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 
 
 def made(run_id: str, **more: object) -> dict:
@@ -171,6 +176,67 @@ def test_quick_reading_agrees_with_whole_reading(tmp_path):
     (tmp_path / "runs" / "2" / "record.json").write_text(json.dumps(made("2")))  # another writer's layout
     quick, whole = record.table(tmp_path), record.table(record.read_records(tmp_path))
     assert quick.equals(whole) and len(quick) == 2
+
+
+def independent_rows(where: Path) -> list[dict]:
+    """A dict a record by the plainest means: the standard library's JSON, and every rule of a table spelt out once."""
+    rows = []
+    for path in where.rglob("record.json"):
+        run = json.loads(path.read_text())
+        row = {name: run[name] for name in ("id", "created", "status", "reason", "recipe_hash", "duration_s")}
+        row |= {axis: "+".join(made) if isinstance(made, list) else made for axis, made in run["choices"].items()}
+        stack = [(axis, run["config"].get(axis)) for axis in run["choices"] if axis not in ("hardware", "measure")]
+        while stack:
+            name, value = stack.pop()
+            if isinstance(value, dict):
+                stack += [(f"{name}.{key}", item) for key, item in value.items() if key != "_target_"]
+            elif "." in name and value is not None:
+                row[name] = "+".join(map(str, value)) if isinstance(value, list) else value
+        for name, metric in run["metrics"].items():
+            row |= {name: metric["value"]}
+            row |= {f"{name}_{end}": metric.get(end) for end in ("low", "high") if "low" in metric}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["id"])
+
+
+@pytest.mark.parametrize("where", ["h100/quickstart-160m", "cpu-2core", "."])
+def test_the_committed_records_as_an_independent_frame(where):
+    rows, frame = independent_rows(REFERENCE / where), record.table(REFERENCE / where)
+    assert set(frame.columns) == {name for row in rows for name in row} and len(frame) == len(rows) > 5
+    for name in frame:
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, str) for value in values):
+            values = [value if value is None else str(value) for value in values]
+        pd.testing.assert_series_equal(frame[name], pd.Series(values, name=name))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(VALUES, st.sampled_from([None, 1]), st.booleans())
+def test_decode_reads_what_json_writes(value, indent, ascii_only):
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # a lone surrogate is written only as an escape
+        data = json.dumps(value).encode()
+    empty = json.loads(data, parse_constant=lambda name: None)
+    assert repr(record.decode(data)) == repr(empty)  # types and the sign of zero too
+
+
+@given(st.binary(max_size=12) | st.text('[]{}:,"\\u0e+-.1Nan tlrfs', max_size=12).map(str.encode))
+def test_decode_takes_json_alone(data):
+    try:
+        expected = json.loads(data.decode(), parse_constant=lambda name: None)
+    except ValueError:
+        with pytest.raises(ValueError):
+            record.decode(data)
+    else:
+        assert repr(record.decode(data)) == repr(expected)
 
 
 def test_records_of_another_machine_join(tmp_path):

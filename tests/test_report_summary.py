@@ -8,8 +8,8 @@ import pytest
 import synthetic
 
 from dyno.report.rows import Cell, rows, short_name, unexplained, varied, varied_knobs
-from dyno.report.summary import cell_ratio, effects, front, gain, parse_constraint, summarise
-from dyno.report.units import digits, direction_of, quantity, ratio_text, unit_of
+from dyno.report.summary import cell_ratio, effects, front, gain, limit_of, summarise
+from dyno.units import digits, direction_of, quantity, ratio_text, unit_of
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,16 @@ def test_units_and_directions() -> None:
     assert digits(1234567.0) == "1\u202f234\u202f567"
 
 
-def test_constraints() -> None:
+def test_limits_are_bound_to_the_baseline() -> None:
     baseline = rows(None, [synthetic.record()])[0]
-    assert parse_constraint("peak_memory_bytes<=8 GiB", None).bound == 8 * 2**30
-    assert parse_constraint("peak_memory_bytes <= 8e9", None).bound == 8e9
-    bound = parse_constraint("tokens_per_s >= 0.5 * baseline", baseline)
-    assert bound.bound == pytest.approx(1700) and bound.holds(baseline) is True
-    assert parse_constraint("perplexity <= baseline", baseline).holds(baseline) is True
-    assert parse_constraint("perplexity < baseline", baseline).holds(baseline) is False
-    assert parse_constraint("perplexity <= baseline", None).reason == "there is no baseline row"
-    assert parse_constraint("mystery <= baseline", baseline).holds(baseline) is None
+    assert limit_of("peak_memory_bytes <= 8 GiB", None).bound == 8 * 2**30
+    half = limit_of("tokens_per_s >= 0.5 * baseline", baseline)
+    assert half.bound == pytest.approx(1700) and half.holds(baseline) is True
+    assert limit_of("perplexity <= baseline", baseline).holds(baseline) is True
+    assert limit_of("perplexity < baseline", baseline).holds(baseline) is False
+    assert limit_of("perplexity <= baseline", None).reason == "there is no baseline row"
+    unknown = limit_of("mystery <= baseline", baseline)
+    assert unknown.holds(baseline) is None and unknown.reason == "the baseline has no mystery"
 
 
 def test_front_has_what_nothing_beats() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from dyno.report import charts
 from dyno.report.rows import Row, metric_names, metric_unit, short_name, varied, varied_knobs
 from dyno.report.summary import Effect, Summary, effects
-from dyno.report.units import direction_of
+from dyno.units import direction_of
 
 MOST_ROWS = 2_500  # keeps the file under 4 MB; the best rows, the baseline and the latest stay
 MOST_EFFECTS = 1_500
@@ -52,7 +52,7 @@ def payload(summary: Summary) -> dict[str, Any]:
         "metrics": metrics,
         "notes": list(notes),
         "objectives": [[metric, direction] for metric, direction in summary.objectives],
-        "limits": [{"metric": c.metric, "op": c.op, "bound": c.bound, "text": c.text} for c in summary.constraints],
+        "limits": [{"metric": a.constraint.metric, "bound": a.bound, "text": a.text} for a in summary.limits],
         "effects": [_effect(effect) for effect in found[:MOST_EFFECTS]],
         "specs": {"pareto": charts.pareto(), "intervals": charts.intervals(), "parallel": charts.parallel()},
         "themes": {"light": charts.theme(False), "dark": charts.theme(True)},
@@ -69,7 +69,7 @@ def _violations(summary: Summary, row: Row) -> list[str]:
     """Constraints that an ok row breaks or has no figure for; a failed run is neither."""
     if not row.ok:
         return []
-    return [c.text for c in summary.violated(row)] + [f"{c.text} (no figure)" for c in summary.unknown(row)]
+    return [a.text for a in summary.violated(row)] + [f"{a.text} (no figure)" for a in summary.unknown(row)]
 
 
 def _effect_metrics(summary: Summary) -> list[str]:

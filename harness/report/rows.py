@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dyno.axes import BY_NAME, SUBJECTS
-from dyno.report.units import direction_of, unit_of
+from dyno.units import direction_of, unit_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from dyno.report.rows import (
     varied_knobs,
 )
 from dyno.report.summary import Summary, gain
-from dyno.report.units import quantity, ratio_text
+from dyno.units import quantity, ratio_text
 
 _SECTIONS = (
     ("best", "Best"),
@@ -66,9 +66,9 @@ def banners(summary: Summary) -> str:
             f"<strong>These rows are not all comparable.</strong> Their fingerprints differ: {told}. "
             'Ratios across them mix machines, data or work; see <a href="#environment">Environment</a>.'
         )
-    for constraint in summary.constraints:
-        if constraint.bound is None:
-            said.append(f"Constraint <code>{_e(constraint.text)}</code> was not applied: {_e(constraint.reason)}.")
+    for limit in summary.limits:
+        if limit.bound is None:
+            said.append(f"Constraint <code>{_e(limit.text)}</code> was not applied: {_e(limit.reason)}.")
     shown, every = len(shown_rows(summary)), len(summary.rows)
     if shown < every:
         said.append(f"The page carries {shown} of {every} rows: the best, the baseline and the latest.")
@@ -138,7 +138,7 @@ def _rules(summary: Summary) -> str:
     """Which rows were picked, and how."""
     goals = " and ".join(f"{metric} {direction}d" for metric, direction in summary.objectives)
     what = f"On the Pareto front of {goals}" if len(summary.objectives) > 1 else f"Ranked by {goals}"
-    told = [f"<code>{_e(c.text)}</code>" for c in summary.constraints if c.bound is not None]
+    told = [f"<code>{_e(limit.text)}</code>" for limit in summary.limits if limit.bound is not None]
     held = f"; constraints {', '.join(told)}" if told else ""
     missing = "" if summary.baseline else " No row has every axis plain: there is no baseline to take ratios over."
     return f'<p class="note">{_e(what)}{held}.{missing}</p>'
@@ -147,7 +147,7 @@ def _rules(summary: Summary) -> str:
 def _nothing(summary: Summary) -> str:
     if not summary.ok:
         return "No run ended well: every row below carries its reason."
-    if summary.constraints:
+    if summary.limits:
         return f"None of the {len(summary.ok)} runs that ended well satisfies every constraint and has every objective."
     return "No run that ended well has a figure for every objective."
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from dyno.constraints import Constraint, constraint
 from dyno.errors import UserError
 from dyno.report.rows import (
     Cell,
@@ -20,14 +20,6 @@ from dyno.report.rows import (
 )
 
 Objective = tuple[str, str]
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_CONSTRAINT = re.compile(
-    rf"^\s*(?P<metric>[A-Za-z_]\w*)\s*(?P<op><=|>=|<|>)\s*"
-    rf"(?:(?P<factor>{_NUMBER})\s*(?:\*\s*(?P<times>baseline)|(?P<suffix>[A-Za-z]+))?"
-    rf"|(?P<alone>baseline)(?:\s*\*\s*(?P<after>{_NUMBER}))?)\s*$"
-)
-_SUFFIX = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "ms": 1e-3, "s": 1.0}
-_SUFFIX |= {"us": 1e-6, "k": 1e3, "M": 1e6, "G": 1e9, "J": 1.0, "mJ": 1e-3, "W": 1.0}
 # Two-sided 95% points of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -36,22 +28,23 @@ _T95 = (
 
 
 @dataclass(frozen=True)
-class Constraint:
-    """`metric op bound`. `bound` is None, with the reason, where it hangs on a baseline figure that is not there."""
+class Limit:
+    """A constraint and its bound; None, with the reason, where it hangs on a baseline figure that is not there."""
 
-    text: str
-    metric: str
-    op: str
+    constraint: Constraint
     bound: float | None
     reason: str = ""
 
+    @property
+    def text(self) -> str:
+        return self.constraint.text
+
     def holds(self, row: Row) -> bool | None:
         """Whether a row satisfies it; None where that cannot be told."""
-        value = row.value(self.metric)
+        value = row.value(self.constraint.metric)
         if value is None or self.bound is None:
             return None
-        below = value < self.bound if self.op[0] == "<" else value > self.bound
-        return below or (self.op.endswith("=") and value == self.bound)
+        return self.constraint.violation(value, self.bound) <= 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Summary:
 
     rows: list[Row]
     objectives: list[Objective]
-    constraints: list[Constraint]
+    limits: list[Limit]
     baseline: Row | None
     best: list[Row]
     axes: list[str]
@@ -84,12 +77,12 @@ class Summary:
     def ok(self) -> list[Row]:
         return [row for row in self.rows if row.ok]
 
-    def violated(self, row: Row) -> list[Constraint]:
-        return [c for c in self.constraints if c.holds(row) is False]
+    def violated(self, row: Row) -> list[Limit]:
+        return [limit for limit in self.limits if limit.holds(row) is False]
 
-    def unknown(self, row: Row) -> list[Constraint]:
-        """Constraints with a bound that this row has no figure for; one without a bound binds nobody."""
-        return [c for c in self.constraints if c.bound is not None and c.holds(row) is None]
+    def unknown(self, row: Row) -> list[Limit]:
+        """Limits with a bound that this row has no figure for; one without a bound binds nobody."""
+        return [limit for limit in self.limits if limit.bound is not None and limit.holds(row) is None]
 
     def counts(self) -> dict[str, int]:
         """How many rows ended in each status, ok first."""
@@ -117,28 +110,20 @@ def summarise(
         if direction not in ("minimize", "maximize"):
             raise UserError(f"objective {metric}: direction {direction!r} is neither minimize nor maximize")
     baseline = _baseline(rows, baseline_id)
-    bound = [parse_constraint(text, baseline) for text in constraints or ()]
+    limits = [limit_of(text, baseline) for text in constraints or ()]
     chosen = list(objectives or default_objectives(rows))
-    summary = Summary(rows, chosen, bound, baseline, [], [n for n in varied(rows) if n in _axes(rows)])
+    summary = Summary(rows, chosen, limits, baseline, [], [n for n in varied(rows) if n in _axes(rows)])
     summary.best = _best(summary, most)
     return summary
 
 
-def parse_constraint(text: str, baseline: Row | None) -> Constraint:
-    """Read 'peak_memory_bytes <= 8e9', 'perplexity <= 1.01 * baseline' or 'peak_memory_bytes <= 8 GiB'."""
-    match = _CONSTRAINT.match(text)
-    if match is None or (match["suffix"] and match["suffix"] not in _SUFFIX):
-        raise UserError(f"constraint {text!r} cannot be read; write 'metric <= number' or 'metric <= 1.01 * baseline'")
-    metric, op = match["metric"], match["op"]
-    number = float(match["factor"] or match["after"] or 1)
-    if not (match["times"] or match["alone"]):
-        return Constraint(text, metric, op, number * _SUFFIX.get(match["suffix"] or "", 1.0))
-    if baseline is None:
-        return Constraint(text, metric, op, None, "there is no baseline row")
-    value = baseline.value(metric)
-    if value is None:
-        return Constraint(text, metric, op, None, f"the baseline has no {metric}")
-    return Constraint(text, metric, op, number * value)
+def limit_of(text: str, baseline: Row | None) -> Limit:
+    """A constraint from its text, bound to what the baseline row measured."""
+    asked = constraint(text)
+    figure = baseline.value(asked.metric) if baseline is not None else None
+    bound = asked.bound({} if figure is None else {asked.metric: figure})
+    absent = "there is no baseline row" if baseline is None else f"the baseline has no {asked.metric}"
+    return Limit(asked, bound, absent if bound is None else "")
 
 
 def front(rows: list[Row], objectives: list[Objective]) -> list[Row]:

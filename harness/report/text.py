@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dyno.report.rows import Row, fingerprint_parts, metric_unit, rows, short_name, unexplained, varied, varied_knobs
 from dyno.report.sections import best_columns, listed
 from dyno.report.summary import Objective, Summary, gain, summarise
-from dyno.report.units import quantity, ratio_text
+from dyno.units import quantity, ratio_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +33,9 @@ def markdown(
     differing = unexplained(summary.rows)
     if differing:
         parts.append(f"> **These rows are not all comparable**: their fingerprints differ in {', '.join(differing)}.")
-    for constraint in summary.constraints:
-        state = f" (not applied: {_cell(constraint.reason)})" if constraint.bound is None else ""
-        parts.append(f"Constraint: {_code(constraint.text)}{state}")
+    for limit in summary.limits:
+        state = f" (not applied: {_cell(limit.reason)})" if limit.bound is None else ""
+        parts.append(f"Constraint: {_code(limit.text)}{state}")
     parts += _best(summary, names, knobs)
     parts += _failures(summary, names, knobs)
     parts += _environment(summary)

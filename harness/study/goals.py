@@ -1,20 +1,17 @@
-"""What a study asks of a row: objectives with directions, and constraints against a number or the baseline."""
+"""What a study asks of a row: objectives with directions, and constraints on its figures."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dyno.constraints import METRIC, Constraint
 from dyno.errors import UserError
 from dyno.recipe import close
 
 DIRECTIONS = ("minimize", "maximize")
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_METRIC = r"[A-Za-z_][\w.]*"
-_CONSTRAINT = re.compile(rf"({_METRIC})\s*(<=|>=|<|>)\s*(?:({_NUMBER})(\s*\*\s*baseline)?|(baseline))")
 
 
 @dataclass(frozen=True)
@@ -23,51 +20,13 @@ class Objective:
     direction: str
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """`metric op number`, or `metric op number * baseline`: a multiple of what the baseline recipe measured."""
-
-    text: str
-    metric: str
-    op: str
-    number: float
-    relative: bool
-
-    def bound(self, baseline: Mapping[str, float]) -> float | None:
-        """The number to compare with; None where the baseline has no such figure."""
-        if not self.relative:
-            return self.number
-        figure = baseline.get(self.metric)
-        return None if figure is None else self.number * figure
-
-    def violation(self, value: float, bound: float) -> float:
-        """How far on the wrong side, as a share of the bound, so that bytes and nats weigh alike; <= 0 is met."""
-        excess = value - bound if self.op[0] == "<" else bound - value
-        if excess == 0 and len(self.op) == 1:
-            return math.ulp(1.0)
-        return excess / abs(bound) if bound else excess
-
-
 def objective(node: Any) -> Objective:
     """An objective from `{metric: ..., direction: minimize or maximize}`."""
     if not isinstance(node, dict) or set(node) != {"metric", "direction"}:
         raise UserError(f"study.objectives: {node!r} is not {{metric: NAME, direction: minimize or maximize}}")
-    if node["direction"] not in DIRECTIONS or not re.fullmatch(_METRIC, str(node["metric"])):
+    if node["direction"] not in DIRECTIONS or not re.fullmatch(METRIC, str(node["metric"])):
         raise UserError(f"study.objectives: {node['metric']}: {node['direction']!r} is neither minimize nor maximize")
     return Objective(node["metric"], node["direction"])
-
-
-def constraint(text: Any) -> Constraint:
-    """A constraint from its text.
-
-    Raises:
-        UserError: the text is none.
-    """
-    match = _CONSTRAINT.fullmatch(text.strip()) if isinstance(text, str) else None
-    number = float(match[3] or 1.0) if match else math.nan
-    if match is None or not math.isfinite(number):
-        raise UserError(f"constraint {text!r} cannot be read; write 'metric <= number' or 'metric <= 1.01 * baseline'")
-    return Constraint(match.string, match[1], match[2], number, bool(match[4] or match[5]))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dyno.constraints import constraint
 from dyno.errors import UserError
 from dyno.recipe import Recipe, close, compose, parse
 from dyno.study import samplers
-from dyno.study.goals import Goals, constraint, objective
+from dyno.study.goals import Goals, objective
 from dyno.study.space import Condition, Parameter, Space, Value, conditions, parameter, value_of
 from dyno.study.storage import Place
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,21 +38,31 @@ def deduplicate(documents: list[Document], ignore_case: bool = False) -> tuple[l
     Of equal texts the one with the smallest (id, source, text) stays, so that the kept set does not depend on the
     order of `documents` nor on how they were split over workers.
     """
-    from dyno.data import content_digest
-
-    digests = [content_digest(document.text, ignore_case) for document in documents]
-    leaders: dict[bytes, int] = {}
-    for position, (digest, document) in enumerate(zip(digests, documents, strict=True)):
-        leader = leaders.setdefault(digest, position)
+    keys = _keys([document.text for document in documents], ignore_case)
+    leaders: dict[int | bytes, int] = {}
+    for position, (key, document) in enumerate(zip(keys, documents, strict=True)):
+        leader = leaders.setdefault(key, position)
         if leader != position and _rank(document) < _rank(documents[leader]):
-            leaders[digest] = position
+            leaders[key] = position
     kept, removed = [], {}
-    for position, (digest, document) in enumerate(zip(digests, documents, strict=True)):
-        if leaders[digest] == position:
+    for position, (key, document) in enumerate(zip(keys, documents, strict=True)):
+        if leaders[key] == position:
             kept.append(document)
         else:
-            removed[document.id] = documents[leaders[digest]].id
+            removed[document.id] = documents[leaders[key]].id
     return kept, removed
+
+
+def _keys(texts: list[str], ignore_case: bool) -> list[int | bytes]:
+    """A key a text, the same for texts that count as equal: its digest, or a sketch that no other text has."""
+    from dyno.data import content_digest, content_sketch
+
+    sketches = [content_sketch(text, ignore_case) for text in texts]
+    counts = Counter(sketches)
+    return [
+        sketch if counts[sketch] == 1 else content_digest(text, ignore_case)
+        for sketch, text in zip(sketches, texts, strict=True)
+    ]
 
 
 def _rank(document: Document) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""Metric names to units, directions and SI-prefixed text: one place, used by the report and by compare."""
+"""Metric names to units, directions and SI-prefixed text: one place, used by reports, compare and constraints."""
 
 from __future__ import annotations
 
