@@ -33,8 +33,12 @@ class Segments(Technique):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Kept: one boundary a segment; recomputed: the inside of one segment at a time."""
         segment = max(1, min(self.segment(shape.layers), shape.layers))
-        boundaries = math.ceil(shape.layers / segment) / shape.layers * boundary_share(shape)
-        return Footprint(activation_factor=boundaries, recompute_blocks=segment, flops_factor=4 / 3)
+        return Footprint(
+            activation_factor=0.0,
+            boundaries=math.ceil(shape.layers / segment),
+            recompute_blocks=segment,
+            flops_factor=4 / 3,
+        )
 
     def apply(self, run: Run) -> None:
         from torch.utils.checkpoint import checkpoint
@@ -93,8 +97,3 @@ class Sqrt(Segments):
 
     def segment(self, layers: int) -> int:
         return max(1, round(math.sqrt(layers)))
-
-
-def boundary_share(shape: Shape) -> float:
-    """A block's input over everything that the block keeps for its backward pass."""
-    return shape.hidden / (14.0 * shape.hidden + 4.0 * shape.ffn)

@@ -33,6 +33,9 @@ class TF32(Technique):
             return f"tf32 needs compute capability 8.0, {device.name} has {device.capability}"
         return None
 
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(matmul_dtype="tf32")
+
     def apply(self, run: Run) -> None:
         import torch
 
@@ -59,7 +62,9 @@ class Autocast(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(weight_bytes=2.0, activation_width=2.0)
+        return Footprint(
+            weight_bytes=2.0, activation_width=2.0, matmul_dtype="bf16" if self.dtype == "bfloat16" else "fp16"
+        )
 
     def apply(self, run: Run) -> None:
         import torch
