@@ -73,12 +73,13 @@ def draw(seed: int, index: int, kind: str) -> list[str]:
     if kind == "cpu":
         chosen |= {"compile": "off", "attention": rng.choice(["math", "sdpa"]), "precision": "fp32"}
     tied = rng.choice(["true", "false"])
+    per_block = ["compile.per_block=true"] if chosen.get("compile") == "on" and rng.random() < 0.5 else []
     return [
         "model=160m", f"model.layers={size['layers']}", f"model.hidden={size['hidden']}", f"model.ffn_width={ffn}",
         f"model.heads={heads}", f"model.kv_heads={kv_heads}", f"model.head_dim={size['head_dim']}", "model.max_seq=8192",
         f"model.vocab_size={size['vocab_size']}", f"model.tied_embeddings={tied}", f"workload.batch={size['batch']}",
         f"workload.seq={size['seq']}", "workload.steps=0", "workload.eval_tokens=0", "workload.lr=1e-4", "measure=probe",
-        *(f"{axis}={option}" for axis, option in chosen.items()),
+        *(f"{axis}={option}" for axis, option in chosen.items()), *per_block,
     ]  # fmt: skip
 
 

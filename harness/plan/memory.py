@@ -83,7 +83,7 @@ def keeps_scores(shape: Shape, print_: Footprint) -> bool:
 
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     """Phases of a training step: each a table of terms, in bytes. `print_` is all techniques' combined share."""
-    w, fused = activation_width(print_), print_.fused
+    w = activation_width(print_)
     mixed = w < FP32
     split = print_.layer_factor * print_.width_factor
     tokens = shape.batch * shape.seq * print_.batch_factor
@@ -118,7 +118,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
 
     logits = tokens * shape.vocab * print_.width_factor * print_.logits_factor
     # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
-    logits_forward, logits_backward = (w, w) if fused else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
+    logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
     alive = {**base, "gradients": before, "activations": kept + ends}
     forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
@@ -132,7 +132,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         block.attention * per_block + exchange * mlp_share * print_.gradient_factor,
     )
     # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
-    waiting = w * logits if fused and checkpointed else 0.0
+    waiting = w * logits if print_.fused_loss and checkpointed else 0.0
     start = {
         **base,
         "logits": waiting,

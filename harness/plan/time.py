@@ -75,7 +75,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         2 * (6 * w if fused else 2.4 * norm) * h + 1.2 * rope * (width + keys) + (8 * w if fused else 9 * w) * f
     )
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
-    logit = 4 * w if fused else (44.0 if mixed else 32.0)
+    logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
     loss = micro * tokens * vocab * logit / machine.memory
 
     split = print_.layer_factor * tensor

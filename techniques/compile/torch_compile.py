@@ -40,7 +40,7 @@ class TorchCompile(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Fused elementwise chains keep fewer intermediates."""
-        return Footprint(fused=True)
+        return Footprint(fused=True, fused_loss=not self.per_block)
 
     def apply(self, run: Run) -> None:
         import torch
