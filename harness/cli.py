@@ -22,7 +22,8 @@ EXAMPLES = {
   dyno tune study=quickstart model=160m study.trials=24
   dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'""",
     "plan": """  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform
-  dyno plan model=1b hardware=h100""",
+  dyno plan model=1b hardware=h100
+  dyno plan --calibrate results model=160m precision=bf16""",
 }
 
 
@@ -57,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
         "tune", "search recipes with Optuna; a killed study resumes with the same command", EXAMPLES["tune"], True
     )
     tune.add_argument("--report", metavar="FILE", help="write an HTML report of the study's runs at the end")
-    verb("plan", "predict what a recipe needs, and why it cannot run, without running it", EXAMPLES["plan"], True)
+    plan = verb(
+        "plan", "predict what a recipe needs, and why it cannot run, without running it", EXAMPLES["plan"], True
+    )
+    plan.add_argument("--calibrate", metavar="DIR", help="first fit the predictions to the training runs in DIR")
     table = verb(
         "table",
         "records as a table",
@@ -219,6 +223,11 @@ def plan(arguments: argparse.Namespace) -> int:
     from dyno.measure.environment import detect, planned
     from dyno.plan import predict
 
+    if arguments.calibrate:
+        from dyno.plan.calibrate import from_records
+
+        for found in from_records(arguments.calibrate):
+            show.calibration(found)
     recipe = recipe_of(arguments)
     hardware = recipe.config["hardware"]
     prediction = predict(recipe, planned(hardware) or detect(hardware))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dyno.plan import Plan
+    from dyno.plan.corrections import Calibration
 
 MAIN = (
     "tokens_per_s", "step_time_s", "decode_tokens_per_s", "ttft_s", "tpot_s", "validation_loss", "perplexity",
@@ -158,9 +159,34 @@ def plan(prediction: Plan) -> None:
         out += [f"    {name:<18} {si(value, 'B'):>10}" for name, value in terms.items() if value]
     if prediction.terms:
         out.append(
-            f"  peak memory        {si(prediction.peak_memory_bytes, 'B'):>10}  (predicted, with allocator slack)"
+            f"  peak memory        {si(prediction.peak_memory_bytes, 'B'):>10}  +-{prediction.memory_band:.0%}; "
+            f"with allocator slack and context {si(prediction.needed_bytes, 'B')}"
         )
+    if prediction.step_s:
+        out.append(f"  ceilings           {prediction.machine.source if prediction.machine else '-'}")
+        out += [f"    {name:<18} {si(value, 's'):>10}" for name, value in prediction.time_terms.items() if value]
+        out.append(
+            f"  step               {si(prediction.step_s, 's'):>10}  +-{prediction.time_band:.0%}; "
+            f"{si(prediction.tokens_per_step / prediction.step_s, 'token/s')}"
+        )
+    if prediction.terms and not prediction.calibrated:
+        out.append("  uncalibrated: `dyno plan --calibrate DIR` fits these figures to training runs in DIR")
     out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")
+    print("\n".join(out), file=sys.stderr)
+
+
+def calibration(found: Calibration) -> None:
+    """What a calibration found, on stderr: coefficients and the errors on runs that it did not see."""
+    out = [f"calibrated on {found.device}: {found.records} runs, {found.left_out} records left out"]
+    for what, fits in (("memory", found.memory), ("time", found.time)):
+        for kind, fit in fits.items():
+            error = (
+                f"median error {fit.median_error:.1%}, 95% within {fit.p95_error:.1%} of {fit.held_out} held-out runs"
+                if fit.median_error is not None
+                else "no run was held out"
+            )
+            out.append(f"  {what:<7} {kind:<9} {fit.fitted} runs fitted; {error}")
+            out.append("    " + "  ".join(f"{name} {x:.2f}" for name, x in fit.coefficients.items()))
     print("\n".join(out), file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,25 +35,34 @@ class Shape:
     batch: int
     seq: int
     micro_batches: int = 1
+    tied: bool = True
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A technique's share of the prediction, on one rank. The default changes nothing.
+    """A technique's share of the prediction, on one rank. The default changes nothing; the default says how shares
+    of several techniques combine (`combined`): None: the last axis's word counts; 1: they multiply; 0: they add;
+    False: any of them is enough.
 
-    Widths are bytes of one number, and the last axis's word counts: `weight_bytes` of a matrix weight as it is served,
-    `parameter_bytes`, `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training,
-    `activation_width`. `matmul_dtype` names the format of the matrix products likewise.
+    Widths are bytes of one number: `weight_bytes` of a matrix weight as it is served; `parameter_bytes`,
+    `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training, `activation_width`.
+    `matmul_dtype` names the format of the matrix products.
 
-    Factors multiply. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays
-    on the device; `batch_factor` the share of the step's tokens that are alive at once; `layer_factor` the share of the
-    layers (pipeline), `width_factor` of the heads and channels (tensor parallel); `activation_factor` the share of the
-    blocks' activations that the forward pass keeps, `logits_factor` the same of the logits.
+    Factors. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays on the
+    device; `batch_factor` the share of the step's tokens that are alive at once, in each of `micro_batches` passes;
+    `layer_factor` the share of the layers (pipeline), `width_factor` of the heads and channels (tensor parallel);
+    `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits.
 
-    Amounts add: `master_bytes` a parameter of a wider copy; `recompute_blocks` whose inside the backward pass holds at
-    once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, what a rank sends to others
-    (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's width, and `wire_bytes`), and
-    `bubble`, the idle share of a step.
+    Amounts. `master_bytes` a parameter of a wider copy; `boundaries`: block inputs kept instead of the blocks' insides;
+    `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
+    step's `host_traffic_bytes` to and from the host, what a rank sends to others (`wire_weights` and `wire_activations`,
+    numbers of a parameter's and an activation's width, and `wire_bytes`), and `bubble`, the idle share of a step.
+
+    Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
+    `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
+    query head has its own copy of its KV head; `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix;
+    `attention_rate` of a fused forward pass, as a share of the matrix products'.
     """
 
     weight_bytes: float | None = None
@@ -62,6 +71,7 @@ class Footprint:
     optimizer_bytes: float | None = None
     activation_width: float | None = None
     matmul_dtype: str | None = None
+    attention_rate: float | None = None
     linear_factor: float = 1.0
     parameter_factor: float = 1.0
     gradient_factor: float = 1.0
@@ -73,8 +83,15 @@ class Footprint:
     logits_factor: float = 1.0
     flops_factor: float = 1.0
     kv_cache_factor: float = 1.0
+    micro_batches: float = 1.0
     attention_matrix: bool = False
+    score_copy: bool = False
+    expanded_heads: bool = False
+    wide_groups_unfused: bool = False
+    fused: bool = False
+    fused_loss: bool = False
     master_bytes: float = 0.0
+    boundaries: float = 0.0
     recompute_blocks: float = 0.0
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
@@ -84,6 +101,23 @@ class Footprint:
     wire_bytes: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
+
+
+def combined(prints: Iterable[Footprint]) -> Footprint:
+    """All techniques' shares as one, each field by the rule that its default states."""
+    values: dict[str, Any] = {f.name: f.default for f in fields(Footprint)}
+    for footprint in prints:
+        for f in fields(Footprint):
+            value = getattr(footprint, f.name)
+            if value == f.default:
+                continue
+            if f.default is None or f.default is False:
+                values[f.name] = value
+            elif f.default:
+                values[f.name] *= value
+            else:
+                values[f.name] += value
+    return Footprint(**values)
 
 
 @dataclass

@@ -34,7 +34,6 @@ class Kind:
     gathers: bool = False  # the argument is one rank's part of the payload
 
 
-
 KINDS = {
     "c10d::allreduce_": Kind("all_reduce", 1, 0, 2.0),
     "c10d::allreduce_coalesced_": Kind("all_reduce", 1, 0, 2.0),

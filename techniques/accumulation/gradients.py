@@ -30,7 +30,7 @@ class GradientAccumulation(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(batch_factor=1 / max(1, self.micro_batches))
+        return Footprint(batch_factor=1 / max(1, self.micro_batches), micro_batches=max(1, self.micro_batches))
 
     def apply(self, run: Run) -> None:
         run.replace("micro_batches", self.micro_batches, by=self)

@@ -19,7 +19,7 @@ class Math(Technique):
     """
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(attention_matrix=True)
+        return Footprint(attention_matrix=True, score_copy=True)
 
     def apply(self, run: Run) -> None:
         from dyno.kernels.attention import eager

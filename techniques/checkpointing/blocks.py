@@ -40,7 +40,8 @@ class Segments(Recomputing):
         """Kept: one boundary a segment; recomputed: the inside of one segment at a time."""
         lengths = self.lengths(shape.layers)
         return Footprint(
-            activation_factor=len(lengths) / shape.layers * boundary_share(shape),
+            activation_factor=0.0,
+            boundaries=len(lengths),
             recompute_blocks=max(lengths),
             flops_factor=1 + blocks_share(shape) / 3,
         )

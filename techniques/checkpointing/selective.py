@@ -31,7 +31,8 @@ class Selective(Recomputing):
         """Kept, in numbers a token: the block's input, q, k, v, attention, its projection, gate, up and down."""
         kv = 2 * shape.kv_heads * shape.head_dim
         numbers = 3 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 2 * shape.ffn
-        return Footprint(activation_factor=numbers / (14.0 * shape.hidden + 4.0 * shape.ffn), recompute_blocks=1.0)
+        share = numbers / (14.0 * shape.hidden + 4.0 * shape.ffn)
+        return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share))
 
     def apply(self, run: Run) -> None:
         import torch

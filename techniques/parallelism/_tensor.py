@@ -49,7 +49,8 @@ def split(grid: Grid, run: Run) -> None:
             "mlp_norm": norm,
             # One gather for the three (two) products below it, and one reduction of their gradients.
             "attention": PrepareModuleInput(
-                input_layouts=(between, None, None, None, None), desired_input_layouts=(Replicate(), None, None, None, None)
+                input_layouts=(between, None, None, None, None),
+                desired_input_layouts=(Replicate(), None, None, None, None),
             ),
             "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
             **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},

@@ -1,0 +1,113 @@
+"""The planner against records: errors before and after calibration, by option, on runs that the fit did not see.
+
+    python benchmarks/planner_error.py results/planner [more directories] [--store]
+
+Prints tables, and JSON last: predicted peak against max_memory_allocated, predicted step against the measured one;
+recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran.
+`--store` keeps the calibration for later plans on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dyno.plan import calibrate, corrections
+
+BY = ("precision", "attention", "checkpointing", "compile", "accumulation", "optimizer", "loss", "offload")
+
+
+def summary(errors: np.ndarray) -> dict[str, float | int]:
+    absolute = np.abs(errors)
+    return {
+        "runs": len(errors),
+        "median": round(float(np.median(absolute)), 4),
+        "p95": round(float(np.quantile(absolute, 0.95)), 4),
+        "bias": round(float(np.median(errors)), 4),
+    }
+
+
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{title:<34} {'runs':>5} {'median':>8} {'p95':>8} {'bias':>8}")
+    for name, row in rows.items():
+        print(f"{name:<34} {row['runs']:>5} {row['median']:>8.1%} {row['p95']:>8.1%} {row['bias']:>+8.1%}")
+
+
+def judged(samples: list[calibrate.Sample], what: str, fits: dict[str, corrections.Fit]) -> dict[str, Any]:
+    """Errors of samples under their kind's fit: all, by kind, by option."""
+    errors = np.concatenate([calibrate.errors([s], fits.get(calibrate.kind_of(s)), what) for s in samples])
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups["all"].append(i)
+        groups[calibrate.kind_of(sample)].append(i)
+        for axis in BY:
+            if axis in sample.choices:
+                groups[f"{axis}={sample.choices[axis]}"].append(i)
+    return {name: summary(errors[rows]) for name, rows in groups.items()}
+
+
+def outcomes(folders: list[str]) -> dict[str, int]:
+    """What became of recipes that the plan let through, and of refused ones that ran all the same."""
+    out = dict.fromkeys(("feasible_ran", "feasible_out_of_memory", "refused_ran", "refused_out_of_memory", "other"), 0)
+    for folder in folders:
+        path = Path(folder) / "done.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
+            row = json.loads(text)
+            end = {"ok": "ran", "out_of_memory": "out_of_memory"}.get(row["status"])
+            out[f"{'refused' if row['refused'] else 'feasible'}_{end}" if end else "other"] += 1
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--device", help="the device's name where there are several; default: the one with most runs")
+    parser.add_argument("--worst", type=int, default=5, help="how many of the worst predictions are shown")
+    parser.add_argument("--store", action="store_true")
+    arguments = parser.parse_args()
+    samples, left_out = [], 0
+    for folder in arguments.folders:
+        more, bad = calibrate.read(folder)
+        samples, left_out = samples + more, left_out + bad
+    names = [s.device for s in samples]
+    if not names:
+        print(f"no finished training runs ({left_out} records left out)", file=sys.stderr)
+        return 1
+    device = arguments.device or max(set(names), key=names.count)
+    mine = [s for s in samples if s.device == device]
+    fitted = calibrate.calibrated(mine, device, left_out)
+    out: dict[str, Any] = {"device": device, "runs": len(mine), "left_out": left_out}
+    for what, fits in (("memory", fitted.memory), ("time", fitted.time)):
+        usable = calibrate.usable(mine, what)
+        held = [s for s in usable if calibrate.is_held_out(s)]
+        if not held:
+            continue
+        before, after = judged(held, what, {}), judged(held, what, fits)
+        show(f"{what}: as derived, held-out", before)
+        show(f"{what}: calibrated, held-out", after)
+        for kind, fit in fits.items():
+            print(f"  {kind}: " + "  ".join(f"{n} {x:.2f}" for n, x in fit.coefficients.items()))
+        errors = [(float(calibrate.errors([s], fits.get(calibrate.kind_of(s)), what)[0]), s) for s in held]
+        for error, s in sorted(errors, key=lambda pair: -abs(pair[0]))[: arguments.worst]:
+            print(f"  worst: {error:+.1%}  {s.id}  " + " ".join(str(s.choices.get(axis)) for axis in BY))
+        out[what] = {
+            "as_derived": before["all"],
+            "calibrated": after["all"],
+            "coefficients": {kind: fit.coefficients for kind, fit in fits.items()},
+        }
+    out["outcomes"] = outcomes(arguments.folders)
+    print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
+    if arguments.store:
+        out["stored"] = str(corrections.store(fitted))
+    print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

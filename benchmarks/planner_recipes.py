@@ -1,0 +1,145 @@
+"""Random training recipes, run one after another within a time limit: what the planner is judged and calibrated on.
+
+    python benchmarks/planner_recipes.py --seconds 900 --out results/planner          # every recipe the plan lets through
+    python benchmarks/planner_recipes.py --seconds 300 --out results/planner --audit  # those that it refuses for memory
+
+Recipe number i is a function of the seed and i alone, so any prefix is a fair sample and a second call goes on where the
+first stopped. Axes and options come from the config directory: what is not there is not drawn. An audited recipe runs on
+a device that is said to have ten times its memory, so that its true end is seen; its record states hardware.memory_bytes.
+The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dyno import runner
+from dyno.errors import UserError
+from dyno.measure.environment import detect
+from dyno.plan import predict
+from dyno.recipe import Recipe, compose, groups
+from dyno.show import line
+
+# Options by axis with their weights; one that this checkout does not have is left out.
+AXES: dict[str, dict[str, float]] = {
+    "precision": {"bf16": 6, "fp16": 1, "tf32": 2, "fp32": 1, "bf16_master": 2, "bf16_stochastic": 1, "fp8": 1},
+    "attention": {"sdpa": 3, "sdpa_flash": 3, "sdpa_cudnn": 3, "sdpa_efficient": 1, "sdpa_math": 1, "math": 2},
+    "checkpointing": {"none": 5, "uniform": 3, "sqrt": 2, "fibonacci": 1, "selective": 1},
+    "compile": {"off": 5, "on": 2},
+    "accumulation": {"none": 4, "gradients": 1},
+    "optimizer": {"adamw": 6, "adamw8bit": 1, "muon": 1},
+    "loss": {"full": 4, "chunked": 1, "fused": 1},
+    "offload": {"none": 8, "optimizer": 1, "activations": 1},
+}
+GPU_SIZES: dict[str, list[int]] = {
+    "layers": [2, 4, 6, 8, 12, 16, 20], "hidden": [512, 768, 1024, 1536, 2048, 2560], "head_dim": [64, 128],
+    "vocab_size": [8192, 32000, 50304, 128256], "batch": [4, 8, 16, 32], "seq": [256, 512, 1024, 2048, 4096],
+}  # fmt: skip
+CPU_SIZES: dict[str, list[int]] = {
+    "layers": [1, 2, 3, 4], "hidden": [64, 128, 192], "head_dim": [16, 32], "vocab_size": [512, 2048, 8192],
+    "batch": [4, 8], "seq": [32, 64, 128],
+}  # fmt: skip
+MOST_FLOPS = {"cuda": 6e14, "cpu": 2e11}  # of a step, so that a run costs seconds
+
+
+def draw(seed: int, index: int, kind: str) -> list[str]:
+    """The overrides of recipe `index`, small enough to take a second a step."""
+    rng = random.Random(f"{seed}/{index}")
+    sizes = GPU_SIZES if kind == "cuda" else CPU_SIZES
+    there = groups()
+    while True:
+        size = {name: rng.choice(values) for name, values in sizes.items()}
+        heads = size["hidden"] // size["head_dim"]
+        kv_heads = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        ffn = 64 * round(size["hidden"] * rng.choice([2, 2.67, 3.5, 4]) / 64)
+        weights = (
+            size["layers"] * (4 * size["hidden"] ** 2 + 3 * size["hidden"] * ffn) + size["vocab_size"] * size["hidden"]
+        )
+        if 6 * weights * size["batch"] * size["seq"] < MOST_FLOPS[kind]:
+            break
+    chosen = {}
+    for axis, options in AXES.items():
+        known = {name: weight for name, weight in options.items() if name in there.get(axis, [])}
+        if known:
+            chosen[axis] = rng.choices(list(known), list(known.values()))[0]
+    if kind == "cpu":
+        chosen |= {"compile": "off", "attention": rng.choice(["math", "sdpa"]), "precision": "fp32"}
+    tied = rng.choice(["true", "false"])
+    per_block = ["compile.per_block=true"] if chosen.get("compile") == "on" and rng.random() < 0.5 else []
+    return [
+        "model=160m", f"model.layers={size['layers']}", f"model.hidden={size['hidden']}", f"model.ffn_width={ffn}",
+        f"model.heads={heads}", f"model.kv_heads={kv_heads}", f"model.head_dim={size['head_dim']}", "model.max_seq=8192",
+        f"model.vocab_size={size['vocab_size']}", f"model.tied_embeddings={tied}", f"workload.batch={size['batch']}",
+        f"workload.seq={size['seq']}", "workload.steps=0", "workload.eval_tokens=0", "workload.lr=1e-4", "measure=probe",
+        *(f"{axis}={option}" for axis, option in chosen.items()), *per_block,
+    ]  # fmt: skip
+
+
+def done(out: Path) -> set[str]:
+    """Recipes that already ran: one line each in done.jsonl, whatever became of them."""
+    path = out / "done.jsonl"
+    return {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
+def run_as_if(recipe: Recipe, factor: float, progress: Any) -> dict[str, Any]:
+    """Run on the device here, said to have so many times its memory."""
+    device = detect(recipe.config["hardware"])
+    large = replace(device, memory_bytes=int(device.memory_bytes * factor))
+    with mock.patch("dyno.measure.environment.detect", return_value=large):
+        return runner.run(recipe, progress=progress)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600, help="no run starts later than this")
+    parser.add_argument("--out", default="results/planner", help="results directory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=2000, help="how many recipe numbers are looked at")
+    parser.add_argument("--audit", action="store_true", help="run those recipes that the plan refuses for memory")
+    parser.add_argument("--hardware", default="auto")
+    arguments = parser.parse_args()
+    out, started = Path(arguments.out), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    known, counts = done(out), dict.fromkeys(("ok", "out_of_memory", "other", "unsupported", "refused"), 0)
+    kind = detect({"device": arguments.hardware if arguments.hardware == "cpu" else "auto"}).kind
+    for index in range(arguments.most):
+        key = f"{arguments.seed}/{index}{'/audit' if arguments.audit else ''}"
+        if key in known:
+            continue
+        if time.monotonic() - started > arguments.seconds:
+            break
+        overrides = [*draw(arguments.seed, index, kind), f"results_dir={out}", f"hardware={arguments.hardware}"]
+        try:
+            recipe = compose(overrides)
+        except UserError as error:
+            print(f"{key}  not composed: {error}", file=sys.stderr)
+            continue
+        verdict = predict(recipe, detect(recipe.config["hardware"])).verdict()
+        refused = verdict is not None and verdict[0] == "out_of_memory"
+        if verdict and not refused:
+            counts["unsupported"] += 1
+            continue
+        if refused != arguments.audit:
+            counts["refused"] += refused
+            continue
+        record = run_as_if(recipe, 10.0 if refused else 1.0, lambda text: None)
+        counts[record["status"] if record["status"] in counts else "other"] += 1
+        with (out / "done.jsonl").open("a") as file:
+            file.write(
+                json.dumps({"key": key, "id": record["id"], "status": record["status"], "refused": refused}) + "\n"
+            )
+        print(f"{time.monotonic() - started:6.0f} s  {key}  {line(record)[:150]}", file=sys.stderr, flush=True)
+    print(json.dumps({"seconds": round(time.monotonic() - started, 1), **counts}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

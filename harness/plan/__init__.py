@@ -1,0 +1,175 @@
+"""Before a run: what a recipe needs, and why it cannot run. Arithmetic only, no torch, no device touched.
+
+Every technique tells its own share (`Footprint`) and its own reasons (`unsupported`); this module adds them up and
+knows none by name. Everything here is predicted, and labelled so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
+from dyno.plan import memory, time
+from dyno.plan.corrections import corrected_memory, corrected_time, load
+from dyno.plan.machine import Machine, machine_of
+from dyno.recipe import Recipe, compose
+from dyno.technique import Shape, combined
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+
+CONTEXT_BYTES = 1.3e9  # what NVML shows beside the allocator's: a CUDA context, its libraries, the driver
+SLACK = 1.03  # fragmentation: an allocator reserves more than it has given out
+UNCALIBRATED = {"memory": {False: 0.1, True: 0.3}, "time": {False: 0.5, True: 0.4}}  # relative; eager, compiled
+
+
+@dataclass
+class Plan:
+    """A recipe's predicted needs on one rank. `reasons` say why it cannot run here.
+
+    `terms` are bytes by phase; `time_terms` seconds of a step, each as if alone, empty where no ceiling is known. Bands
+    are relative errors that 19 of 20 predictions stay within, from calibration or, `uncalibrated`, a wide guess.
+    """
+
+    shape: Shape | None
+    device: Device
+    terms: dict[str, dict[str, float]] = field(default_factory=dict)
+    time_terms: dict[str, float] = field(default_factory=dict)
+    flops_per_step: float = 0.0
+    tokens_per_step: float = 0.0
+    bubble: float = 0.0
+    ranks: int = 1
+    machine: Machine | None = None
+    memory_band: float = 0.0
+    time_band: float = 0.0
+    calibrated: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def phase(self) -> str:
+        """The phase whose sum is the largest: the one that binds."""
+        return max(self.terms, key=lambda p: memory.total(self.terms[p]), default="")
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """The allocator's peak: what a record calls peak_memory_bytes."""
+        return memory.total(self.terms[self.phase]) if self.terms else 0.0
+
+    @property
+    def needed_bytes(self) -> float:
+        """What the device must have: the peak, the allocator's slack, the context."""
+        return self.peak_memory_bytes * SLACK + (CONTEXT_BYTES if self.device.kind == "cuda" else 0.0)
+
+    @property
+    def step_s(self) -> float | None:
+        return time.step_s(self.time_terms, self.bubble) if self.time_terms else None
+
+    def verdict(self) -> tuple[str, str] | None:
+        """(status, reason) when the recipe cannot run on the device, else None."""
+        if self.reasons:
+            return "unsupported", "; ".join(self.reasons)
+        if self.terms and self.needed_bytes > self.device.memory_bytes:
+            return "out_of_memory", (
+                f"predicted: needs {self.needed_bytes / 2**30:.1f} GiB at the {self.phase}, "
+                f"{self.device.name} has {self.device.memory_bytes / 2**30:.1f} GiB"
+            )
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        verdict, seconds = self.verdict(), self.step_s
+        return {
+            "label": "predicted",
+            "feasible": verdict is None,
+            "reason": verdict[1] if verdict else None,
+            "peak_memory_bytes": self.peak_memory_bytes or None,
+            "needed_bytes": self.needed_bytes if self.terms else None,
+            "binding_phase": self.phase or None,
+            "terms_bytes": self.terms,
+            "step_time_s": seconds,
+            "time_terms_s": self.time_terms,
+            "tokens_per_s": self.tokens_per_step / seconds if seconds else None,
+            "flops_per_step": self.flops_per_step,
+            "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
+            "ceilings": self.machine.source if self.machine else None,
+            "device": self.device.name,
+        }
+
+
+def shape_of(recipe: Recipe) -> Shape | None:
+    """The model's and workload's sizes; None where no model runs."""
+    node, workload = recipe.config["model"], recipe.config["workload"]
+    if workload["measures"] in ("data", "kernel"):
+        return None
+    if node["source"] != "config":
+        from dyno.model.loaders import describe  # headers only, no weights
+
+        node = {**node, **describe(node)}
+    config = config_of(node, recipe.config["tokenizer"].get("vocab_size") or BYTE_VOCABULARY)
+    splits = max(t.splits for chosen in recipe.techniques.values() for t in chosen)
+    return replace(shape_from(config, workload), micro_batches=max(1, splits))
+
+
+def shape_from(config: ModelConfig, workload: dict[str, Any]) -> Shape:
+    """The sizes of a model and a workload."""
+    total, linear = parameter_counts(config)
+    serving = workload["measures"] == "infer"
+    return Shape(
+        parameters=total,
+        linear_parameters=linear,
+        layers=config.layers,
+        hidden=config.hidden,
+        ffn=config.ffn_width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        batch=workload["requests"] if serving else workload["batch"],
+        seq=workload["prompt"] + workload["new_tokens"] if serving else workload["seq"],
+        tied=config.tied_embeddings,
+        qk_norm=config.qk_norm,
+    )
+
+
+def predict(recipe: Recipe, device: Device) -> Plan:
+    """Needs and reasons of a recipe on a device, its teacher's and draft's reasons included."""
+    shape = shape_of(recipe)
+    plan = Plan(shape, device, reasons=reasons(recipe, device))
+    if shape is None:
+        return plan
+    share = combined(t.footprint(shape, device) for chosen in recipe.techniques.values() for t in chosen)
+    if recipe.config["workload"]["measures"] != "train":
+        plan.terms, plan.memory_band = memory.serving(shape, share, device.kind), UNCALIBRATED["memory"][True]
+        plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
+        return plan
+    plan.machine = machine_of(device, recipe.config["hardware"])
+    plan.bubble, plan.ranks, plan.tokens_per_step = share.bubble, share.ranks, shape.batch * shape.seq
+    attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq
+    plan.flops_per_step = plan.tokens_per_step * (6.0 * shape.linear_parameters + attention) * share.flops_factor
+    found = load(device.name)
+    kind = "compiled" if share.fused else "eager"
+    fits = {what: getattr(found, what).get(kind) if found else None for what in ("memory", "time")}
+    plan.terms = corrected_memory(memory.training(shape, share, device.kind), fits["memory"])
+    if plan.machine:
+        terms = time.step_terms(shape, share, plan.machine, device.kind)
+        plan.time_terms = corrected_time(terms, fits["time"])
+    plan.calibrated = any(fits.values())
+    plan.memory_band, plan.time_band = (
+        fit.p95_error if (fit := fits[what]) and fit.p95_error is not None else UNCALIBRATED[what][share.fused]
+        for what in ("memory", "time")
+    )
+    return plan
+
+
+def reasons(recipe: Recipe, device: Device) -> list[str]:
+    """Every technique's reason why it cannot run here, in axis order."""
+    found = []
+    for axis, chosen in recipe.techniques.items():
+        for technique in chosen:
+            why = technique.unsupported(recipe, device)
+            if why:
+                found.append(f"{axis}={recipe.option(axis)}: {why}")
+            if technique.subrecipe:
+                inner = compose([*technique.subrecipe, "workload.measures=infer"], recipe.plugins)
+                found += [f"{axis}: its own recipe: {r}" for r in reasons(inner, device)]
+    return found

@@ -1,0 +1,64 @@
+"""A machine's ceilings for a prediction: measured here by the probe, else what its hardware option states. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dyno.home import home
+from dyno.measure.hardware import peak_flop_per_s, quantity, resolve
+from dyno.measure.nvml import NotMeasured
+
+if TYPE_CHECKING:
+    from dyno.measure.environment import Device
+
+REACHED = {"matmul": 0.75, "memory": 0.88}  # of a data sheet's peaks, by large products and copies (one H100)
+DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Ceilings. `matmul` FLOP/s by dtype, `memory` bytes/s read plus written, `power_w` under load; and their source."""
+
+    matmul: dict[str, float]
+    memory: float
+    power_w: float | None
+    source: str
+    host_bytes_per_s: float = 25e9  # one way over PCIe 4 x16, as copies from pinned memory reach it
+
+
+def from_ceilings(found: Mapping[str, Any], hardware: Mapping[str, Any]) -> Machine:
+    """From the probe's figures, as a record's environment or the cache keeps them."""
+    return Machine(
+        dict(found["matrix_flop_per_s"]), float(found["copy_byte_per_s"]), hardware.get("power_limit_w"),
+        f"measured by the probe, {found.get('created', 'undated')}",
+    )  # fmt: skip
+
+
+def machine_of(device: Device, hardware: Mapping[str, Any]) -> Machine | None:
+    """The ceilings of a device: the latest probe of its kind here, else stated ones, else None."""
+    stated = resolve(hardware, device.kind, device.name)
+    name = device.name if device.kind == "cuda" else "cpu"
+    folder = home() / "ceilings"
+    probes = []
+    for path in folder.glob("*.json") if folder.is_dir() else ():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a file of another version, or half of one
+            found = json.loads(path.read_bytes())
+            if found["device"] == name:
+                probes.append((str(found["created"]), from_ceilings(found, stated)))
+    if probes:
+        return max(probes, key=lambda probe: probe[0])[1]
+    matmul = {}
+    for dtype in DTYPES:
+        with contextlib.suppress(NotMeasured):
+            matmul[dtype] = REACHED["matmul"] * peak_flop_per_s(stated, dtype)[0]
+    try:
+        memory, source = quantity(stated, "peak_byte_per_s")
+    except NotMeasured:
+        return None
+    if not matmul:
+        return None
+    return Machine(matmul, REACHED["memory"] * memory, stated.get("power_limit_w"), f"stated: {source}")

@@ -1,0 +1,188 @@
+"""Memory of a step by phase, from what the code really keeps: bytes on one rank, arithmetic only.
+
+The peak is the largest phase, never their sum. What is predicted is the allocator's peak of a training step in steady
+state. Letters: h hidden, f FFN width, H query heads, G KV heads, d head width, s sequence, T tokens alive at once,
+V vocabulary, w bytes of an activation. `harness/model/decoder.py` and `harness/stages/train.py` say what is kept; the
+counts below were read off their traces under fake tensors (`benchmarks/plan_against_tracker.py` repeats that).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dyno.technique import Footprint, Shape
+
+FP32 = 4.0
+WORKSPACE_BYTES = 2 * 32 * 2**20  # cuBLAS's, 32 MiB a thread that multiplies: the forward's and the backward's
+PROCESS_BYTES = 0.5e9  # a CPU's peak is the process's: the interpreter with torch in it
+
+Phases = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes a token that one transformer block leaves for its backward pass, and what moves inside it.
+
+    `kept` without the score matrix, `scores` of it; `boundary` the block's input; `mlp` and `attention`: the bytes that
+    the backward pass adds (or has already freed, when negative) at its two fullest moments; `forward` the same of the
+    forward pass, inside attention.
+    """
+
+    kept: float
+    scores: float
+    boundary: float
+    mlp: float
+    attention: float
+    forward: float
+    norm: float
+
+
+def block_of(shape: Shape, print_: Footprint) -> Block:
+    """A block's bytes a token, eager or fused by a compiler, under an attention kernel's habits."""
+    w = activation_width(print_)
+    mixed = w < FP32
+    h, f, width = shape.hidden, shape.ffn, shape.heads * shape.head_dim
+    unfused = keeps_scores(shape, print_)
+    wide = unfused and not print_.score_copy  # PyTorch's own unfused kernel computes in fp32, all heads expanded
+    keys = width if print_.expanded_heads else shape.kv_heads * shape.head_dim
+    inputs = 3 * FP32 * width if wide else w * (width + 2 * keys)
+    attention = inputs + w * width + (0.0 if unfused else FP32 * shape.heads)
+    # RMSNorm keeps its input in fp32, the rounded quotient and the product with the weight; fused, input and product.
+    norm = 2 * w * h + FP32 if print_.fused else (FP32 + 2 * w) * h + FP32
+    mlp = (3 if print_.fused else 4) * w * f
+    matrix = shape.heads * shape.seq
+    scores = (FP32 + (w if mixed and print_.score_copy else 0.0)) * matrix if unfused else 0.0
+    done = mlp + norm  # of this block, when the backward pass reaches attention; not yet kept in the forward pass
+    if unfused:
+        moment = 2 * FP32 * matrix - (w * matrix if mixed and print_.score_copy else 0.0)
+        forward = FP32 * matrix
+    else:
+        moment = w * (2 * width + 2 * max(width, keys)) + FP32 * width
+        forward = 0.0
+    qk_norms = (norm / h) * (width + keys) if shape.qk_norm else 0.0
+    return Block(
+        kept=2 * norm + attention + mlp + qk_norms,
+        scores=scores,
+        boundary=w * h,
+        mlp=2 * w * f + w * h,
+        attention=moment - done + 2 * w * h,
+        forward=forward - done,
+        norm=norm,
+    )
+
+
+def activation_width(print_: Footprint) -> float:
+    return FP32 if print_.activation_width is None else print_.activation_width
+
+
+def keeps_scores(shape: Shape, print_: Footprint) -> bool:
+    """Whether the (s, s) matrix lies in memory: asked for, or fallen back to for grouped heads in fp32."""
+    grouped = shape.kv_heads < shape.heads and activation_width(print_) >= FP32
+    return print_.attention_matrix or (print_.wide_groups_unfused and grouped)
+
+
+def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
+    """Phases of a training step: each a table of terms, in bytes. `print_` is all techniques' combined share."""
+    w = activation_width(print_)
+    mixed = w < FP32
+    split = print_.layer_factor * print_.width_factor
+    tokens = shape.batch * shape.seq * print_.batch_factor
+    held = shape.parameters * split  # parameters that this rank is responsible for, sharded or not
+    head = shape.vocab * shape.hidden * print_.width_factor
+    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
+    gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
+    state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
+    base = {
+        "weights": stored * held * print_.parameter_factor,
+        "optimizer": state * held * print_.optimizer_factor,
+        "master": print_.master_bytes * held * print_.optimizer_factor,
+        "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES),
+    }
+    gradients = gradient * held * print_.gradient_factor
+    before = gradients if print_.micro_batches > 1 else 0.0  # of the micro-batches before this one
+    cast = w * shape.linear_parameters * split if w < stored else 0.0
+
+    block, layers = block_of(shape, print_), shape.layers * print_.layer_factor
+    per_block = tokens * print_.width_factor
+    inside = (block.kept + block.scores) * per_block
+    checkpointed = print_.recompute_blocks > 0
+    kept = layers * print_.activation_factor * inside
+    kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
+    # The final norm, the tokens and their targets, the rotations of one sequence.
+    ends = tokens * (block.norm + 16) + 2 * w * shape.seq * shape.head_dim
+    one = (shape.linear_parameters * split - head) / max(1.0, layers)  # parameters of a block
+    mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
+    segment = max(1.0, print_.recompute_blocks)
+    recomputed = print_.recompute_blocks * inside
+    cast_kept = 0.0 if not cast else w * segment * one if checkpointed else cast - w * head
+
+    logits = tokens * shape.vocab * print_.width_factor * print_.logits_factor
+    # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
+    logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
+    alive = {**base, "gradients": before, "activations": kept + ends}
+    forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
+    loss = max(
+        alive | {"logits": logits_forward * logits, "cast weights": cast},
+        alive | {"logits": logits_backward * logits, "cast weights": w * head if cast and checkpointed else cast},
+        key=total,
+    )
+    exchange = gradient - (w if cast else 0.0)  # a gradient comes, the cast weight goes
+    moments = max(
+        block.mlp * per_block + exchange * mlp_share / 3 * print_.gradient_factor,
+        block.attention * per_block + exchange * mlp_share * print_.gradient_factor,
+    )
+    # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
+    waiting = w * logits if print_.fused_loss and checkpointed else 0.0
+    start = {
+        **base,
+        "logits": waiting,
+        "gradients": max(before, gradient * head * print_.gradient_factor),
+        "activations": kept + ends,
+        "recomputed inside": recomputed,
+        "cast weights": cast_kept,
+        "temporaries": max(0.0, moments - block.norm * tokens),
+    }
+    embedding = gradient * shape.vocab * shape.hidden * print_.width_factor
+    behind = held * print_.gradient_factor * gradient - segment * one * gradient * print_.gradient_factor
+    first = {
+        **base,
+        "gradients": max(before, behind - (0.0 if shape.tied else embedding * print_.gradient_factor)),
+        "activations": (block.boundary if checkpointed else print_.activation_factor * inside / per_block) * tokens,
+        "recomputed inside": recomputed,
+        "cast weights": w * segment * one if cast else 0.0,
+        "temporaries": max(0.0, moments),
+    }
+    copies = float(shape.tied) + float(before > 0)
+    last = {
+        **base,
+        "gradients": gradients,
+        "activations": tokens * (FP32 * shape.hidden + 16),
+        "temporaries": copies * embedding,
+    }
+    largest = max(embedding, gradient * one) if kind != "cuda" else 0.0  # fused steps work in place
+    return {
+        "forward end": forward,
+        "loss": loss,
+        "backward start": start,
+        "backward end": max(first, last, key=total),
+        "optimizer step": {**base, "gradients": gradients, "temporaries": 2 * largest},
+    }
+
+
+def total(terms: dict[str, float]) -> float:
+    return sum(terms.values())
+
+
+def serving(shape: Shape, print_: Footprint, kind: str) -> Phases:
+    """Weights, the unmodified model beside them while quality is compared, KV cache, logits."""
+    stored = FP32 if print_.weight_bytes is None else print_.weight_bytes
+    blocks = shape.linear_parameters - shape.vocab * shape.hidden
+    dense = shape.parameters - blocks
+    weights = blocks * stored * print_.linear_factor + dense * max(stored, 2.0)
+    width = max(2.0, min(FP32, stored))
+    cache = 2.0 * shape.layers * shape.kv_heads * shape.head_dim * width * shape.batch * shape.seq
+    base = {"weights": weights, "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES)}
+    return {
+        "quality": {**base, "unmodified model": FP32 * shape.parameters, "logits": 16 * 512 * shape.vocab * 12.0},
+        "decode": {**base, "kv cache": cache * print_.kv_cache_factor, "logits": shape.batch * shape.vocab * 8.0},
+    }

@@ -1,0 +1,110 @@
+"""The time of a training step, term by term, from a machine's ceilings: arithmetic only.
+
+A step takes as long as the slower of the device, which works through products, attention and passes over memory, and
+the host, which launches them; then what does not overlap: the wire, the host's link, the pipeline's idle share. Letters
+are those of `dyno.plan.memory`.
+"""
+
+from __future__ import annotations
+
+from dyno.plan.machine import Machine
+from dyno.plan.memory import FP32, activation_width, keeps_scores
+from dyno.technique import Footprint, Shape
+
+RAMP_S = 6e-6
+BACKWARD_ATTENTION = 2.5 / 0.8  # the products of a backward pass over a forward's, at 0.8 of its rate
+PASSES = {  # kernels a block: forward, backward
+    False: (38.0, 85.0),
+    True: (12.0, 22.0),
+}
+UNFUSED_KERNELS = 8.0
+LAUNCH_S = {False: 12e-6, True: 4e-6}  # of host time a kernel: Python and autograd eager, a generated wrapper compiled
+STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
+LINK_BYTES_PER_S = 200e9  # where nothing states the link between ranks
+OVERLAP = 0.5  # of what the wire carries while the device works
+
+DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
+
+
+def product_s(m: float, n: float, k: float, flop_per_s: float, machine: Machine, width: float) -> float:
+    """(m, k) by (k, n): at the ceiling or by its bytes, after the time that filling and draining a device takes."""
+    return RAMP_S + max(2 * m * n * k / flop_per_s, width * (m * k + k * n + m * n) / machine.memory)
+
+
+def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
+    """Seconds of a step on one rank by term, each as if it were alone. A dtype without a ceiling takes fp32's."""
+    w, fused = activation_width(print_), print_.fused
+    mixed = w < FP32
+    dtype = print_.matmul_dtype or "fp32"
+    flop_per_s = machine.matmul.get(dtype) or machine.matmul["fp32"]
+    micro, tensor = print_.micro_batches, print_.width_factor
+    tokens = shape.batch * shape.seq * print_.batch_factor  # of one micro-batch
+    layers = shape.layers * print_.layer_factor
+    h, f = shape.hidden, shape.ffn * tensor
+    width, keys = shape.heads * shape.head_dim * tensor, shape.kv_heads * shape.head_dim * tensor
+    again = max(0.0, 3 * (print_.flops_factor - 1))  # forward passes recomputed
+    calls = layers * micro
+
+    def product(m: float, n: float, k: float) -> float:
+        return product_s(m, n, k, flop_per_s, machine, w)
+
+    pairs = [(width, h), (keys, h), (keys, h), (h, width), (f, h), (f, h), (h, f)]
+    forward = sum(product(tokens, n, k) for n, k in pairs)
+    backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
+    vocab = shape.vocab * tensor
+    head = product(tokens, vocab, h) + product(tokens, h, vocab) + product(vocab, h, tokens)
+
+    pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
+    unfused = keeps_scores(shape, print_)
+    if unfused:
+        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else machine.matmul["fp32"])
+        attention = whole * (3 + again)
+        scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
+    else:
+        # Narrow heads feed the tensor cores badly; in fp32 there are none, and a kernel comes near the products' rate.
+        narrow = flop_per_s * (print_.attention_rate or 0.4) * 1.25 * shape.head_dim / (shape.head_dim + 32.0)
+        rate = narrow if mixed else 0.9 * machine.matmul["fp32"]
+        attention = 2 * pairs_seen * shape.head_dim / rate * (1 + again + BACKWARD_ATTENTION)
+        scores = 0.0
+
+    norm = 4 * w if fused else (34.0 if mixed else 28.0)
+    rope = 4 * w if fused else 12 * w
+    mlp = 3 * w if fused else 5 * w
+    forward_bytes = 2 * norm * h + rope * (width + keys) + mlp * f + (0 if fused else 6 * w * h)
+    backward_bytes = (
+        2 * (6 * w if fused else 2.4 * norm) * h + 1.2 * rope * (width + keys) + (8 * w if fused else 9 * w) * f
+    )
+    elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
+    logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
+    loss = micro * tokens * vocab * logit / machine.memory
+
+    split = print_.layer_factor * tensor
+    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
+    gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
+    state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
+    weights = shape.linear_parameters * split / machine.memory * micro
+    weights *= (2 * (stored + w) if w < stored else 0.0) + (3 * gradient if micro > 1 else 0.0)
+    mine = shape.parameters * split * print_.optimizer_factor
+    moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
+    optimizer = mine * moved / machine.memory
+
+    wire = print_.wire_bytes + print_.wire_weights * stored + print_.wire_activations * w
+    kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
+    if unfused and not fused:
+        kernels += UNFUSED_KERNELS * (3 + again)
+    if w < stored and not fused:
+        kernels += 7 * (2 + again)
+    host = LAUNCH_S[fused] * kernels * calls if kind == "cuda" else 0.0
+    return {
+        "products": calls * (forward * (1 + again) + backward), "head": micro * head,
+        "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
+        "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
+        "wire": wire / LINK_BYTES_PER_S, "offload": print_.host_traffic_bytes / machine.host_bytes_per_s,
+    }  # fmt: skip
+
+
+def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:
+    """Seconds of a step from its terms: the slower of device and host, what the wire adds, the idle share."""
+    device = sum(terms[name] for name in DEVICE)
+    busy = max(device, terms["host"], terms["offload"]) + terms["fixed"]
+    return (busy + max(terms["wire"] - OVERLAP * device, (1 - OVERLAP) * terms["wire"])) / (1 - min(bubble, 0.99))
