@@ -1,40 +1,43 @@
-"""Worker processes: started together, waited for without spinning, and never left behind.
+"""The processes of a run, from the runner's side: started together, waited for without spinning, never left behind.
 
-Linux only where it must be (parent-death signal, pidfd, /proc). Every process of a run inherits DYNO_RUN_ID, so that
-even a child that left the process group is found and killed.
+Linux only. The ranks are children of a keeper (see `keeper.py`), which answers for everything that they start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
+import io
+import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-RUN_ID = "DYNO_RUN_ID"
-RUNNER = "DYNO_RUNNER_PID"
-PR_SET_PDEATHSIG = 1
+from dyno.forkserver import ForkServer
+from dyno.keeper import PARENT, PR_SET_PDEATHSIG, prctl
+
+KEEPER = [sys.executable, "-IS", str(Path(__file__).with_name("keeper.py"))]
 PROGRESS_BYTES = 65536
 
 
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when its parent ends (Linux prctl); does nothing elsewhere.
 
-    `parent` is the pid of whoever started it; a worker finds its runner's in the environment.
+    `parent` is the pid of whoever started it; by default the one that the environment tells.
     """
-    # The runner tells its pid: getppid() alone cannot show that it ended while this interpreter started.
-    parent = parent or int(os.environ.pop(RUNNER, os.getppid()))
+    # The parent tells its pid: getppid() alone cannot show that it ended while this interpreter started.
+    parent = parent or int(os.environ.pop(PARENT, os.getppid()))
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the request was in place
         os._exit(1)
 
@@ -51,83 +54,116 @@ class Outcome:
     timed_out: bool = False
 
 
+class Keeper:
+    """A keeper at work: the link to it, and what rank 0 says.
+
+    Args:
+        start: makes its process, with the two files that it gets as 0 and 1; a child of ours is returned.
+    """
+
+    def __init__(self, start: Callable[[list[int]], subprocess.Popen[bytes] | None]):
+        self.link, theirs = socket.socketpair()
+        reader, writer = os.pipe()
+        self.said = io.FileIO(reader)
+        try:
+            with theirs, open(writer, "wb", buffering=0):
+                self.process = start([theirs.fileno(), writer])
+        except BaseException:
+            self.close()
+            raise
+
+    def end(self) -> bytes:
+        """Have it kill what is left of the run; its report, empty if it was killed itself."""
+        report = b""
+        with contextlib.suppress(OSError):
+            self.link.shutdown(socket.SHUT_WR)
+            while data := self.link.recv(65536):
+                report += data
+        if self.process is not None:
+            self.process.wait()
+        return report
+
+    def close(self) -> None:
+        self.link.close()
+        self.said.close()
+
+
 def run_group(
-    commands: list[list[str]],
-    environments: list[dict[str, str]],
-    run_id: str,
+    command: list[str],
+    ranks: int,
+    environment: dict[str, str],
     log: Path,
     time_limit_s: float,
     progress: Callable[[str], None],
+    *,
+    server: ForkServer | None = None,
+    held: Sequence[int] = (),
 ) -> Outcome:
     """Run one process a rank until all end, one fails, or the limit strikes; then nothing of them is left alive.
 
-    Rank 0's stdout lines are progress; everything else goes to `log`.
+    Rank 0's stdout lines are progress; everything else goes to `log`, which stays locked while the run has a process.
+
+    Args:
+        environment: the whole of it; a rank finds RANK, LOCAL_RANK and WORLD_SIZE as well.
+        server: forks the ranks where it can, of a `command` that is python -m MODULE; otherwise they are spawned.
+        held: descriptors of locked files that stay locked until the run has no process, even if this one is killed.
+
+    Raises:
+        OSError: a process could not be started.
     """
     deadline = time.monotonic() + time_limit_s
-    processes: list[subprocess.Popen[bytes]] = []
-    outcome = Outcome()
     with log.open("ab", buffering=0) as sink:
+        fcntl.flock(sink, fcntl.LOCK_EX)
+        files = [sink.fileno(), *held]
+        forks = server if command[:2] == [sys.executable, "-m"] else None
+        keeper = _begin(forks, environment, files, time_limit_s)
+        timed_out = False
         try:
-            for rank, (command, extra) in enumerate(zip(commands, environments, strict=True)):
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.PIPE if rank == 0 else sink,
-                        stderr=sink,
-                        env={**os.environ, **extra, RUN_ID: run_id, RUNNER: str(os.getpid())},
-                        start_new_session=True,
-                    )
-                )
-            outcome.timed_out, outcome.first = _wait(processes, deadline, progress, sink)
+            request = {"command": command, "ranks": ranks, "environment": environment}
+            keeper.link.sendall(json.dumps(request).encode() + b"\n")
+            timed_out = _wait(keeper, deadline, progress, sink)
         finally:
-            for process in processes:
-                _kill_group(process.pid)
-            reap(run_id)
-            for process in processes:
-                process.wait()
-                if process.stdout:
-                    process.stdout.close()
-    outcome.codes = [p.returncode for p in processes]
-    return outcome
+            report = keeper.end()
+            keeper.close()
+    # A keeper that was killed has no report, and the kernel has killed the ranks with it.
+    ends: dict[str, Any] = json.loads(report) if report else {"codes": [-signal.SIGKILL] * ranks, "first": 0}
+    if "error" in ends:
+        raise OSError(*ends["error"])
+    return Outcome(ends["codes"], ends["first"], timed_out)
 
 
-def _wait(
-    processes: list[subprocess.Popen[bytes]], deadline: float, progress: Callable[[str], None], sink: IO[bytes]
-) -> tuple[bool, int | None]:
-    """Sleep until the processes end or one of them fails: (whether the deadline came first, the rank that failed)."""
-    pipe = processes[0].stdout
-    assert pipe is not None
-    os.set_blocking(pipe.fileno(), False)
-    poller, handles = select.poll(), {}
-    poller.register(pipe.fileno(), select.POLLIN)
-    for process in processes:
-        handle = os.pidfd_open(process.pid)
-        handles[handle] = process
-        poller.register(handle, select.POLLIN)
+def _begin(server: ForkServer | None, environment: dict[str, str], files: list[int], patience_s: float) -> Keeper:
+    """A keeper with `files` as 2, 3, ...: forked if there is a server that can, else started."""
+
+    def start(ends: list[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            KEEPER, stdin=ends[0], stdout=ends[1], stderr=files[0], pass_fds=files[1:], start_new_session=True
+        )
+
+    if server is not None:
+        with contextlib.suppress(ConnectionError):
+            return Keeper(lambda ends: server.fork([*ends, *files], environment, patience_s))
+    return Keeper(start)
+
+
+def _wait(keeper: Keeper, deadline: float, progress: Callable[[str], None], sink: IO[bytes]) -> bool:
+    """Sleep until the keeper reports, handing on what rank 0 says; whether the deadline came first."""
+    os.set_blocking(keeper.said.fileno(), False)
+    poller = select.poll()
+    for end in (keeper.said, keeper.link):
+        poller.register(end.fileno(), select.POLLIN)
     rest = b""
-    failed: int | None = None
     try:
-        while handles and failed is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return True, None
+        while (left := deadline - time.monotonic()) > 0:
             for handle, event in poller.poll(min(left, 3600.0) * 1000):
-                if handle == pipe.fileno():
-                    rest = _relay(pipe, rest, progress, sink)
-                    if event & select.POLLHUP and not event & select.POLLIN:
-                        poller.unregister(pipe.fileno())
-                    continue
-                process = handles.pop(handle)
-                poller.unregister(handle)
-                os.close(handle)
-                if process.wait() != 0 and failed is None:
-                    failed = processes.index(process)
-        return False, failed
+                if handle == keeper.link.fileno():
+                    return False
+                rest = _relay(keeper.said, rest, progress, sink)
+                if event & select.POLLHUP and not event & select.POLLIN:
+                    poller.unregister(handle)
+        return True
     finally:
-        for handle in handles:
-            os.close(handle)
-        _relay(pipe, rest, progress, sink)
+        _relay(keeper.said, rest, progress, sink)
 
 
 def _relay(pipe: IO[bytes], rest: bytes, progress: Callable[[str], None], sink: IO[bytes]) -> bytes:
@@ -141,31 +177,13 @@ def _relay(pipe: IO[bytes], rest: bytes, progress: Callable[[str], None], sink: 
     return rest[-PROGRESS_BYTES:]
 
 
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def members(run_id: str) -> list[int]:
-    """Process ids, of any session or parent, that carry a run's id in their environment."""
-    mark = f"{RUN_ID}={run_id}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0") and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            continue  # ended meanwhile, or somebody else's
-    return found
-
-
-def reap(run_id: str, patience_s: float = 5.0) -> None:
-    """Kill every process of a run and wait until the kernel has let go of them."""
-    deadline = time.monotonic() + patience_s
-    while (pids := members(run_id)) and time.monotonic() < deadline:
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-        time.sleep(0.02)
+def is_held(log: Path) -> bool:
+    """Whether the run that writes this log still has a process, or its runner."""
+    try:
+        with log.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

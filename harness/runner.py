@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyno import processes, record
 from dyno.errors import STATUSES, UserError
+from dyno.forkserver import ForkServer
 from dyno.home import home
 from dyno.recipe import Recipe
 
@@ -29,20 +31,32 @@ RESULT = "result.json"
 REQUEST = "request.json"
 LOG_TAIL_LINES = 15
 
+# The first run of a command starts plainly: a server would have to import torch just the same.
+SERVER = ForkServer(("torch", "dyno.pipeline", "dyno.measure.window"))
+_earlier_runs = itertools.count()
+
 
 @contextlib.contextmanager
-def exclusive(device: Device, progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold a device for one measurement; a second one, of any process of this user, waits its turn."""
+def exclusive(device: Device, ranks: int, progress: Callable[[str], None]) -> Iterator[list[int]]:
+    """Hold the devices of a run of `ranks` for one measurement; a second one, of any process of this user, waits.
+
+    Yields descriptors of the locked files. Every run takes them in one order, so that no two wait for each other.
+    """
+    from dyno.measure.environment import used
+
     folder = home() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", f"{device.kind}-{device.uuid or device.index}")
-    with (folder / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            progress(f"waiting: another run measures on {device.name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    names = {re.sub(r"\W+", "-", f"{device.kind}-{uuid}"): name for uuid, name in used(device, ranks).items()}
+    with contextlib.ExitStack() as stack:
+        locks = []
+        for name in sorted(names):
+            locks.append(stack.enter_context((folder / f"{name}.lock").open("w")))
+            try:
+                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                progress(f"waiting: another run measures on {names[name]}")
+                fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        yield [lock.fileno() for lock in locks]
 
 
 def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -58,8 +72,10 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) 
     plan = predict(recipe, device)
     verdict = plan.verdict()
     # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
-    with contextlib.nullcontext() if verdict else exclusive(device, progress):
+    if verdict:
         return run_aside(recipe, device, plan, verdict, runs, progress)
+    with exclusive(device, world_size(recipe), progress) as held:
+        return run_aside(recipe, device, plan, verdict, runs, progress, held)
 
 
 def run_aside(
@@ -69,6 +85,7 @@ def run_aside(
     verdict: tuple[str, str] | None,
     runs: Path,
     progress: Callable[[str], None],
+    held: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Work in a hidden directory beside the runs, then publish it; a run that is broken off leaves none."""
     run_id = record.new_id(recipe.hash)
@@ -80,7 +97,7 @@ def run_aside(
             result: dict[str, Any] = {"status": verdict[0], "reason": verdict[1]}
         else:
             try:
-                result = work(recipe, device, run_id, aside, progress)
+                result = work(recipe, device, aside, progress, held)
             except OSError as error:  # no memory for a process, no space for its request
                 result = {"status": "crashed", "reason": f"the worker could not be started: {error}"}
         for name in (REQUEST, RESULT):
@@ -137,7 +154,9 @@ def world_size(recipe: Recipe) -> int:
     return max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
 
 
-def work(recipe: Recipe, device: Device, run_id: str, aside: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def work(
+    recipe: Recipe, device: Device, aside: Path, progress: Callable[[str], None], held: Sequence[int]
+) -> dict[str, Any]:
     """Start the worker process(es), wait, and turn whatever came of them into a result."""
     ranks = world_size(recipe)
     request = {
@@ -149,20 +168,23 @@ def work(recipe: Recipe, device: Device, run_id: str, aside: Path, progress: Cal
     }
     (aside / REQUEST).write_text(json.dumps(request))
     cores = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environments = [
-        {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_RANK": str(rank),
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            **({"OMP_NUM_THREADS": str(cores)} if ranks > 1 and device.kind == "cpu" else {}),
-        }
-        for rank in range(ranks)
-    ]
-    commands = [[*WORKER, str(aside)]] * ranks
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({"OMP_NUM_THREADS": str(cores)} if ranks > 1 and device.kind == "cpu" else {}),
+    }
     limit = float(recipe.config["measure"]["time_limit_s"])
-    outcome = processes.run_group(commands, environments, run_id, aside / "log.txt", limit, progress)
+    outcome = processes.run_group(
+        [*WORKER, str(aside)],
+        ranks,
+        environment,
+        aside / "log.txt",
+        limit,
+        progress,
+        server=SERVER if next(_earlier_runs) else None,
+        held=held,
+    )
     return judge(aside, outcome, limit)
 
 
@@ -221,11 +243,10 @@ def tail(aside: Path) -> str:
 
 
 def clean_leftovers(results_dir: str | Path) -> int:
-    """Remove run directories whose runner was killed; returns how many. A live run has processes or is starting."""
+    """Remove run directories whose runner was killed; returns how many. A live run holds its log or is starting."""
     removed = 0
     for aside in record.runs_dir(results_dir).glob(".running-*"):
-        run_id = aside.name.removeprefix(".running-")
-        if not processes.members(run_id) and time.time() - aside.stat().st_mtime > 3600:
+        if not processes.is_held(aside / "log.txt") and time.time() - aside.stat().st_mtime > 3600:
             record.discard(aside)
             removed += 1
     return removed

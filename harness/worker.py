@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dyno.errors import RunFailure, UserError
+from dyno.forkserver import FORKED
 from dyno.processes import die_with_parent
 from dyno.record import write_json
 
@@ -95,7 +96,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
             metrics["startup_s"] = Metric(
                 bench.FIRST_STEP[0] - request["born"],
                 "s",
-                source="time from the start of the worker to its first measured step",
+                source=f"time from the start of the worker to its first measured step; {birth()}",
             )
         figures = per_rank(rank, ranks, metrics, device)
         data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
@@ -105,7 +106,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
             "metrics": to_json(metrics),
             "details": pipeline.details,
             "windows": {window.name: window.summary() for window in meter.windows},
-            "environment": environment() | {"ceilings": meter.ceilings()},
+            "environment": environment() | {"ceilings": meter.ceilings(), "birth": birth()},
             "validity": meter.validity(),
             "artifacts": pipeline.artifacts,
             "ranks": figures,
@@ -127,6 +128,11 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
     if ranks > 1:
         torch.distributed.destroy_process_group()
     return result
+
+
+def birth() -> str:
+    """How this process came to be: a fork has torch's import behind it already."""
+    return "forked, torch imported before" if FORKED in os.environ else "started"
 
 
 def per_rank(rank: int, ranks: int, metrics: dict[str, Any], device: Any) -> list[dict[str, Any]]:

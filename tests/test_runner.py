@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
 import sys
-import textwrap
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from runner_bench import is_gone, run
 
 from dyno import processes, record, runner
 from dyno.errors import UserError
-from dyno.recipe import Recipe, compose
-
-PRELUDE = """
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-directory, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-def done(status="ok", name="result.json", **more):
-    (directory / name).write_text(json.dumps({"status": status, **more}))
-"""
-
-
-@pytest.fixture(scope="module")
-def composed() -> dict:
-    return compose(["hardware=cpu", "workload=data"]).to_json()
-
-
-@pytest.fixture
-def recipe(composed: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setenv("DYNO_HOME", str(tmp_path / "home"))
-    made = Recipe.from_json(json.loads(json.dumps(composed)))
-    made.config["results_dir"] = str(tmp_path / "results")
-    made.config["measure"]["time_limit_s"] = 20
-    return made
-
-
-@pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Make the given lines the worker's program: no torch, a start of milliseconds."""
-
-    def use(body: str) -> None:
-        script = tmp_path / "fake_worker.py"
-        script.write_text(PRELUDE + textwrap.dedent(body))
-        monkeypatch.setattr(runner, "WORKER", [sys.executable, "-S", str(script)])
-
-    return use
+from dyno.recipe import Recipe
 
 
 def two_ranks(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "world_size", lambda _: 2)
-
-
-def run(recipe: Recipe) -> dict:
-    """Run, then check what holds after every run."""
-    out = runner.run(recipe)
-    assert processes.members(out["id"]) == []
-    runs = Path(recipe.config["results_dir"]) / "runs"
-    assert [p.name for p in runs.iterdir()] == [out["id"]]
-    read = record.read_records(runs.parent)[0]
-    assert (read["status"], read["reason"]) == (out["status"], out["reason"])
-    assert not (runs / out["id"] / "request.json").exists()
-    assert (runs / out["id"] / "recipe.yaml").is_file()
-    return read
 
 
 def test_good_worker(recipe, worker):
@@ -115,20 +64,6 @@ def test_hanging_worker_is_killed_at_the_limit(recipe, worker):
     assert time.monotonic() - started < 10
 
 
-def test_children_in_other_sessions_die_with_the_run(recipe, worker):
-    worker("""
-        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
-        grandchild = "import subprocess; subprocess.Popen(['sleep', '60'], start_new_session=True)"
-        subprocess.run([sys.executable, "-S", "-c", grandchild])
-        done(details={"child": child.pid})
-    """)
-    out = run(recipe)  # run() looks for members
-    assert out["status"] == "ok"
-    assert not Path(f"/proc/{out['details']['child']}/cmdline").exists() or not (
-        Path(f"/proc/{out['details']['child']}/cmdline").read_bytes()
-    )
-
-
 def test_full_disk(recipe, worker):
     worker("""
         import resource
@@ -166,7 +101,7 @@ def test_log_that_cannot_grow_is_no_reason_to_fail(tmp_path):
     """/dev/full refuses every byte: the worker's lines are lost, its progress and end are not."""
     lines: list[str] = []
     command = [sys.executable, "-S", "-c", "print('hello')"]
-    outcome = processes.run_group([command], [{}], "full-log", Path("/dev/full"), 10, lines.append)
+    outcome = processes.run_group(command, 1, {}, Path("/dev/full"), 10, lines.append)
     assert outcome.codes == [0] and lines == ["hello"]
 
 
@@ -247,67 +182,8 @@ def test_interrupt_kills_the_worker_and_leaves_nothing(recipe, worker, tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         runner.run(recipe, progress=interrupted)
-    assert not Path(f"/proc/{pids[0]}").exists()
+    assert is_gone(pids[0])
     assert list((tmp_path / "results" / "runs").iterdir()) == []
-
-
-def test_killed_runner_takes_its_worker_along(recipe, tmp_path):
-    """The runner dies by -9 and can clean nothing: the kernel kills the worker, its directory goes later."""
-    script = tmp_path / "fake_worker.py"
-    script.write_text(
-        "import os, time\nfrom dyno.processes import die_with_parent\n"
-        "die_with_parent()\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
-    )
-    parent = tmp_path / "parent.py"
-    parent.write_text(
-        "import json, sys\nfrom dyno import runner\nfrom dyno.recipe import Recipe\n"
-        f"runner.WORKER = [sys.executable, {str(script)!r}]\n"
-        f"recipe = Recipe.from_json(json.loads({json.dumps(recipe.to_json())!r}))\n"
-        "runner.run(recipe, progress=lambda text: print(text, flush=True))\n"
-    )
-    process = subprocess.Popen([sys.executable, str(parent)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    pid = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not Path(f"/proc/{pid}").exists()
-
-    left = next((tmp_path / "results" / "runs").iterdir())
-    assert left.name.startswith(".running-") and record.find(tmp_path / "results") == []
-    assert runner.clean_leftovers(tmp_path / "results") == 0  # it may be starting
-    os.utime(left, (0, 0))
-    assert runner.clean_leftovers(tmp_path / "results") == 1 and not left.exists()
-
-
-def test_worker_born_after_its_runner_died_ends_at_once():
-    code = "from dyno.processes import die_with_parent; die_with_parent(); print('alive')"
-    gone = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, processes.RUNNER: "999999999"}, capture_output=True
-    )
-    assert (gone.returncode, gone.stdout) == (1, b"")
-
-
-def test_one_measurement_at_a_time(recipe, worker):
-    """Two runs at once on one device: the second waits, and neither sees the other's worker."""
-    worker("""
-        mark = directory.parent.parent / "busy"
-        mark.touch(exist_ok=False)
-        time.sleep(0.3)
-        mark.unlink()
-        done()
-    """)
-    told: list[str] = []
-    runs = [threading.Thread(target=runner.run, args=(recipe,), kwargs={"progress": told.append}) for _ in range(2)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
-    assert [r["status"] for r in record.read_records(recipe.config["results_dir"])] == ["ok", "ok"]
-    assert sum("waiting" in text for text in told) == 1
 
 
 def test_results_dir_that_is_a_file(recipe, tmp_path):

@@ -54,6 +54,14 @@ def detect(hardware: Mapping[str, Any]) -> Device:
     return Device("cpu", 0, cpu_name(), memory_bytes(), None, None, 1)
 
 
+def used(device: Device, ranks: int) -> dict[str, str]:
+    """What a run of so many ranks on `device` measures on, {uuid, or an index: name}: one GPU a rank, or the CPU."""
+    if device.kind != "cuda" or ranks == 1:
+        return {device.uuid or str(device.index): device.name}
+    gpus = visible(devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return {gpu.uuid(): gpu.name() for gpu in gpus[:ranks]}
+
+
 def planned(hardware: Mapping[str, Any]) -> Device | None:
     """The device that a configuration describes, present or not, for predictions; None if it describes none."""
     if not hardware.get("memory_bytes"):

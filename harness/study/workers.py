@@ -83,7 +83,7 @@ def _start(settings: Settings, index: int, mask: str, workers: int, deadline: fl
         "workers": workers,
         "left_s": None if deadline is None else deadline - time.monotonic(),
     }
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": mask, processes.RUNNER: str(os.getpid())}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": mask, processes.PARENT: str(os.getpid())}
     worker = subprocess.Popen(
         COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
     )
