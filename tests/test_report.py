@@ -191,6 +191,31 @@ def test_banner_on_unlike_fingerprints(tmp_path: Path) -> None:
     assert "not all comparable" in write(tmp_path, records)
 
 
+def test_few_pairs_are_shown_but_not_judged(tmp_path: Path) -> None:
+    """One pair, however sharp its interval, is not yet what an option does; an axis never varied alone is told."""
+    records = [
+        synthetic.record(0),
+        synthetic.record(1, precision="bf16"),
+        synthetic.record(2, attention="sdpa", compile="on"),
+    ]
+    page = Page(write(tmp_path, records))
+    (effect,) = [e for e in page.data["effects"] if e["metric"] == "tokens_per_s"]
+    assert (effect["axis"], effect["pairs"], effect["few"], effect["verdict"]) == ("precision", 1, True, "unsure")
+    assert effect["low"] > 1
+    assert page.data["effects_untold"].endswith(": attention, compile.")
+    many = Page(write(tmp_path, synthetic.study(36))).data
+    judged = {(e["option"], e["verdict"]) for e in many["effects"] if e["metric"] == "tokens_per_s" and not e["few"]}
+    assert {("bf16", "better"), ("sdpa", "better")} <= judged and many["effects_untold"] == ""
+
+
+def test_a_long_list_that_is_the_same_everywhere_is_folded(tmp_path: Path) -> None:
+    records = [synthetic.record(0), synthetic.record(1, precision="bf16")]
+    for number, record in enumerate(records):
+        record["environment"] |= {"packages": {f"package{i}": "1.0" for i in range(40)} | {"odd": str(number)}}
+    said = " ".join(Page(write(tmp_path, records)).text)
+    assert "packages: 40, the same in all rows" in said and said.index("packages.odd") < said.index("packages: 40")
+
+
 def test_user_mistakes_are_one_clear_line(tmp_path: Path) -> None:
     records = synthetic.study(6)
     for options, words in (

@@ -86,8 +86,9 @@ def parallel() -> Spec:
             "domain": False,
             "ticks": False,
             "labelAngle": 0,
-            "labelPadding": 10,
+            "labelPadding": 24,
             "labelLimit": 150,
+            "labelExpr": "split(datum.label, '\\n')",
         },
     }
     y = {"field": "pos", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1], "nice": False}}

@@ -109,7 +109,7 @@ function showTip(handler, event, item, value) {
   if (value === null || value === undefined || value === '' || !(i >= 0 && i < N)) { tip.style.display = 'none'; return; }
   const lines = tipMetrics.map((name) => METRIC.get(name)).filter(Boolean).map((m) => {
     const low = end(m, 'low', i), high = end(m, 'high', i);
-    const range = low !== null && high !== null ? ` (${quantity(low, m.unit, 3)} – ${quantity(high, m.unit, 3)})` : '';
+    const range = low !== null && high !== null ? ` (${quantity(low, m.unit)} – ${quantity(high, m.unit)})` : '';
     return el('div', {}, el('span', {}, m.name), el('span', {}, m.value[i] === null ? D.notes[m.note[i]] : quantity(m.value[i], m.unit) + range));
   });
   const broken = D.violates[i].length ? [el('div', {}, el('span', {}, 'violates'), el('span', {}, D.violates[i].join(', ')))] : [];

@@ -7,7 +7,7 @@ from typing import Any
 
 from dyno.report import charts
 from dyno.report.rows import Row, metric_names, metric_unit, short_name, varied, varied_knobs
-from dyno.report.summary import Effect, Summary, effects
+from dyno.report.summary import FEW_NOTE, Effect, Summary, effects, untold
 from dyno.units import direction_of
 
 MOST_ROWS = 2_500  # keeps the file under 4 MB; the best rows, the baseline and the latest stay
@@ -53,7 +53,9 @@ def payload(summary: Summary) -> dict[str, Any]:
         "notes": list(notes),
         "objectives": [[metric, direction] for metric, direction in summary.objectives],
         "limits": [{"metric": a.constraint.metric, "bound": a.bound, "text": a.text} for a in summary.limits],
-        "effects": [_effect(effect) for effect in found[:MOST_EFFECTS]],
+        "effects": [_effect(e, goals.get(e.metric, direction_of(e.metric))) for e in found[:MOST_EFFECTS]],
+        "effects_few": FEW_NOTE,
+        "effects_untold": untold(summary.rows, found),
         "specs": {"pareto": charts.pareto(), "intervals": charts.intervals(), "parallel": charts.parallel()},
         "themes": {"light": charts.theme(False), "dark": charts.theme(True)},
     }
@@ -109,13 +111,15 @@ def _column(rows: list[Row], name: str, unit: str, goals: dict[str, str], notes:
     return out
 
 
-def _effect(effect: Effect) -> dict[str, Any]:
+def _effect(effect: Effect, direction: str) -> dict[str, Any]:
     return {
         "axis": effect.axis,
         "option": effect.option,
         "reference": effect.reference,
         "metric": effect.metric,
         "pairs": effect.pairs,
+        "few": effect.few,
+        "verdict": effect.verdict(direction),
         "ratio": _round(effect.ratio),
         "low": _round(effect.low),
         "high": _round(effect.high),

@@ -74,7 +74,7 @@ function drawPareto() {
   draw('pareto-plot', spec);
   const key = (name, color, cls, edge) => el('span', {class: cls || '', style: `--key:${color}` + (edge ? `;--edge:${edge}` : '')}, name);
   place('pareto-controls', controlsOf('y'), controlsOf('x'), el('span', {class: 'legend'}, key('front', 'var(--accent)'), key('other', 'var(--muted)'),
-    D.limits.length ? key('violates a constraint', 'transparent', '', 'var(--muted)') : null, D.baseline !== null ? key('baseline', 'var(--warm)', 'diamond') : null));
+    D.limits.some((c) => c.bound !== null) ? key('violates a constraint', 'transparent', '', 'var(--muted)') : null, D.baseline !== null ? key('baseline', 'var(--warm)', 'diamond') : null));
   const missing = D.status.filter((s) => s === 'ok').length - points.length;
   const list = front.slice().sort((a, b) => (view.down[view.y] ? a.y - b.y : b.y - a.y)).slice(0, 12).map(({i}) => el('tr', {}, el('td', {class: 'recipe'}, D.names[i]),
     el('td', {class: 'num'}, quantity(my.value[i], my.unit)), el('td', {class: 'num'}, quantity(mx.value[i], mx.unit)),
@@ -113,7 +113,7 @@ function setupDots(what, names, whole) {
     for (const i of keep) { const base = compact(nameOf(i)), n = (seen.get(base) || 0) + 1; seen.set(base, n); names.set(i, n > 1 ? `${base} #${n}` : base); }
     const spec = copyOf(D.specs.intervals);
     spec.datasets.dots = keep.flatMap((i) => series.map((n) => [n, METRIC.get(n)]).filter(([, m]) => m.value[i] !== null).map(([n, m]) => ({
-      i, name: names.get(i), series: n, v: m.value[i] / scale.factor, l: (end(m, 'low', i) ?? m.value[i]) / scale.factor, h: (end(m, 'high', i) ?? m.value[i]) / scale.factor})));
+      i, name: names.get(i), series: whole ? n.replace(/_memory_bytes$/, '') : n, v: m.value[i] / scale.factor, l: (end(m, 'low', i) ?? m.value[i]) / scale.factor, h: (end(m, 'high', i) ?? m.value[i]) / scale.factor})));
     for (const layer of spec.layer) {
       layer.encoding.x.title = whole ? `memory (${scale.unit})` : titleOf(first, scale);
       if (layer.encoding.color && !whole) { delete layer.encoding.color; delete layer.encoding.shape; layer.mark.style = 'front'; }
@@ -126,6 +126,13 @@ function setupDots(what, names, whole) {
   drawers.push(drawDots);
 }
 
+// A heading of two lines at most: a long name breaks after the underscore next to its middle, a short one before its unit.
+function headed(name, unit) {
+  const cuts = name.length > 14 ? [...name.matchAll(/_/g)].map((m) => m.index + 1) : [];
+  const cut = cuts.sort((a, b) => Math.abs(a - name.length / 2) - Math.abs(b - name.length / 2))[0];
+  const tail = unit ? `(${unit})` : '';
+  return cut ? `${name.slice(0, cut)}\n${name.slice(cut)} ${tail}`.trimEnd() : tail ? `${name}\n${tail}` : name;
+}
 // Parallel coordinates ------------------------------------------------------------------------------------------------
 function setupParallel() {
   if (!document.getElementById('parallel')) return;
@@ -147,8 +154,10 @@ function setupParallel() {
     }
     for (const name of figures) {
       const m = METRIC.get(name), values = rows.map((i) => m.value[i]), low = Math.min(...values), high = Math.max(...values), scale = scaleOf(m);
-      const label = name + (scale.unit ? ` (${scale.unit})` : ''), at = (v) => { const t = high > low ? (v - low) / (high - low) : 0.5; return 0.02 + 0.96 * (m.direction === 'minimize' ? 1 - t : t); };
-      for (const t of [0, 0.5, 1]) ticks.push({dim: label, pos: at(low + t * (high - low)), text: digits((low + t * (high - low)) / scale.factor, 3)});
+      const label = headed(name, scale.unit), at = (v) => { const t = high > low ? (v - low) / (high - low) : 0.5; return 0.02 + 0.96 * (m.direction === 'minimize' ? 1 - t : t); };
+      const marks = [low, (low + high) / 2, high], told = (v, n) => digits(v / scale.factor, n);
+      const fine = [3, 4, 5].find((n) => new Set(marks.map((v) => told(v, n))).size === 3) || 6;  // figures that differ look different
+      for (const v of marks) ticks.push({dim: label, pos: at(v), text: told(v, fine)});
       where.push([label, (i) => at(m.value[i])]);
     }
     const score = where[axes.length][1];

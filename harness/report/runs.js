@@ -4,7 +4,7 @@ function setupEffects() {
   if (!host) return;
   const metrics = [...new Set(D.effects.map((e) => e.metric))];
   if (!metrics.length) {
-    place('effects-table', el('p', {class: 'empty'}, 'No two runs that ended well differ in one axis only, so no effect can be told apart from the others.'));
+    place('effects-table', el('p', {class: 'empty'}, D.effects_untold || 'No axis was varied in the runs that ended well.'));
     return;
   }
   let metric = (D.objectives.find((o) => metrics.includes(o[0])) || [metrics[0]])[0];
@@ -22,16 +22,14 @@ function setupEffects() {
     for (const v of marks.sort((p, q) => Math.abs(Math.log(q)) - Math.abs(Math.log(p)))) if (spaced.every((w) => Math.abs(Math.log(v / w)) > (to - from) * 0.12)) spaced.push(v);
     const scale = svg('svg', {class: 'scale'});
     for (const v of spaced) scale.append(svg('text', {x: x(v), y: 18, 'text-anchor': 'middle'}, `${v}×`));
-    const lower = METRIC.get(metric)?.direction === 'minimize';
     let last = '';
     const body = rows.map((e) => {
-      const sure = e.low !== null && e.high !== null && (e.low > 1 || e.high < 1);
-      const verdict = !sure ? 'unsure' : (e.ratio < 1) === lower ? 'better' : 'worse';
+      const verdict = e.verdict, few = e.few ? ' few' : '';
       const plot = svg('svg', {role: 'img', 'aria-label': `${digits(e.ratio, 3)} times`});
       plot.append(svg('line', {x1: x(1), x2: x(1), y1: 0, y2: 26, class: 'one'}));
       if (e.pairs > 1) for (const p of e.points) plot.append(svg('line', {x1: x(p), x2: x(p), y1: 8, y2: 18, class: 'tick'}));
-      if (e.low !== null && e.high !== null) plot.append(svg('line', {x1: x(e.low), x2: x(e.high), y1: 13, y2: 13, class: `bar ${verdict}`}));
-      plot.append(svg('circle', {cx: x(e.ratio), cy: 13, r: 4, class: verdict}));
+      if (e.low !== null && e.high !== null) plot.append(svg('line', {x1: x(e.low), x2: x(e.high), y1: 13, y2: 13, class: `bar ${verdict}${few}`}));
+      plot.append(svg('circle', {cx: x(e.ratio), cy: 13, r: 4, class: verdict + few}));
       const fresh = e.axis !== last;
       last = e.axis;
       return el('tr', {class: fresh ? 'first' : ''}, el('td', {class: 'axis'}, fresh ? e.axis : ''), el('td', {}, e.option, ' ', el('span', {class: 'unit'}, `over ${e.reference}`)),
@@ -41,6 +39,7 @@ function setupEffects() {
     place('effects-table', el('table', {class: 'effects'}, el('thead', {}, el('tr', {}, el('th', {}, 'Axis'), el('th', {}, 'Option'), el('th', {class: 'num'}, 'Pairs'), el('th', {class: 'num'}, 'Ratio'), el('th', {class: 'num'}, '95% interval'), el('th', {class: 'forest'}, scale))), el('tbody', {}, ...body)));
   };
   show();
+  place('effects-notes', ...[D.effects.some((e) => e.few) ? D.effects_few : '', D.effects_untold].filter(Boolean).map((text) => el('p', {class: 'note'}, text)));
 }
 
 // Runs -----------------------------------------------------------------------------------------------------------------

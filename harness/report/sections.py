@@ -177,7 +177,7 @@ PLACES = {
         '<section id="effects"><h2>Effect of each axis</h2><div class="controls" id="effects-controls"></div>'
         '<p class="note">Pairs of runs in which only this axis differs: the ratio of the metric, option over '
         "reference. Dot and bar: geometric mean and its 95% interval; ticks: single pairs.</p>"
-        '<div class="scroll" id="effects-table"></div></section>'
+        '<div class="scroll" id="effects-table"></div><div id="effects-notes"></div></section>'
     ),
     "parallel": (
         '<section id="parallel"><h2>All choices at once</h2>'

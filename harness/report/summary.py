@@ -20,6 +20,11 @@ from dyno.report.rows import (
 )
 
 Objective = tuple[str, str]
+FEW = 3  # pairs under which an effect is shown but not judged
+FEW_NOTE = (
+    f"Fewer than {FEW} pairs (hollow): what these runs did, not yet what the option does. The interval of a single pair "
+    "holds only the noise within its two runs."
+)
 # Two-sided 95% points of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -60,6 +65,16 @@ class Effect:
     low: float | None
     high: float | None
     points: list[float] = field(default_factory=list)
+
+    @property
+    def few(self) -> bool:
+        return self.pairs < FEW
+
+    def verdict(self, direction: str) -> str:
+        """'better' or 'worse' where the interval leaves out 1 and the pairs are enough; else 'unsure'."""
+        if self.few or self.low is None or self.high is None or self.low <= 1 <= self.high:
+            return "unsure"
+        return "better" if (self.ratio > 1) == (direction == "maximize") else "worse"
 
 
 @dataclass
@@ -193,6 +208,14 @@ def effects(rows: list[Row], metrics: list[str] | None = None, most_points: int 
                 if effect is not None:
                     out.append(effect)
     return out
+
+
+def untold(rows: list[Row], found: list[Effect]) -> str:
+    """A sentence on the axes that were varied but never alone; empty where there is none."""
+    ok = [row for row in rows if row.ok]
+    silent = [axis for axis in varied(ok) if axis in _axes(ok) and axis not in {effect.axis for effect in found}]
+    told = f"No two runs differ in one of these alone, so its effect cannot be told: {', '.join(silent)}."
+    return told if silent else ""
 
 
 def _contrasts(axis: str, options: list[str]) -> list[tuple[str, str]]:

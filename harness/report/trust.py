@@ -11,6 +11,7 @@ from dyno.report.summary import Summary
 
 _MOST_VALUES = 4
 _MOST_LETTERS = 400
+_MOST_FACTS = 16
 
 
 def environment(summary: Summary) -> str:
@@ -52,8 +53,19 @@ def _surroundings(summary: Summary) -> str:
             values[value] = values.get(value, 0) + 1
     if not facts:
         return '<p class="empty">These rows carry no environment.</p>'
-    lines = [f"<tr{_mark(v)}><th>{_e(name)}</th><td>{_told(v)}</td></tr>" for name, v in sorted(facts.items())]
-    return _table("Environment", lines)
+    groups: dict[str, list[str]] = {}
+    for name, values in sorted(facts.items()):
+        line = f"<tr{_mark(values)}><th>{_e(name)}</th><td>{_told(values)}</td></tr>"
+        groups.setdefault(name.partition(".")[0] if len(values) == 1 else "", []).append(line)
+    # A long list that is the same in every row, such as the packages, stands folded.
+    folded = {group: lines for group, lines in groups.items() if group and len(lines) > _MOST_FACTS}
+    shown = [line for group, lines in groups.items() if group not in folded for line in lines]
+    return _table("Environment", shown) + "".join(_fold(group, lines) for group, lines in folded.items())
+
+
+def _fold(group: str, lines: list[str]) -> str:
+    table = f'<table class="plain"><tbody>{"".join(lines)}</tbody></table>'
+    return f'<details class="fold"><summary>{_e(group)}: {len(lines)}, the same in all rows</summary>{table}</details>'
 
 
 def _table(title: str, lines: list[str], head: str = "") -> str:
