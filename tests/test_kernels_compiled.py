@@ -20,7 +20,8 @@ def compiled(fn, pointers, constants, warps, stages):
     from triton.compiler import ASTSource
 
     names = fn.arg_names
-    kinds = {"scale_log2": "fp32"}
+    rates = ("lr", "beta1", "beta2", "eps", "weight_decay", "correction1", "correction2")
+    kinds = dict.fromkeys(("scale_log2", *rates), "fp32")
     signature = {
         n: "constexpr" if n in constants else f"*{pointers[n]}" if n in pointers else kinds.get(n, "i32") for n in names
     }
@@ -91,6 +92,15 @@ def cross_entropy(element):
     return compiled(_cross_entropy._losses_and_slopes, pointers, {"BLOCK": _cross_entropy.MAX_BLOCK}, 16, 3)
 
 
+def adamw8bit():
+    from dyno.kernels import _adamw8bit_step
+
+    codes, scales = dict.fromkeys(("First", "Second"), "u8"), ("Weight", "Grad", "FirstScales", "SecondScales")
+    pointers = {**codes, **dict.fromkeys((*scales, "Signed", "SignedBounds", "Unsigned", "UnsignedBounds"), "fp32")}
+    constants = {"BLOCK": _adamw8bit_step.BLOCK, "ROWS": _adamw8bit_step.ROWS}
+    return compiled(_adamw8bit_step._step, pointers, constants, 4, 3)
+
+
 def test_sm90_code():
     # In a process of its own: this one may already have imported the kernels for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -111,6 +121,7 @@ if __name__ == "__main__":
         "fp32_d64": attention(64, 4096, "float32"),
         "int4": linear(4),
         "int8": linear(8),
+        "adamw8bit": adamw8bit(),
         "cross_entropy": cross_entropy("bf16"),
         "fp8_of_bf16": fp8_operands("bf16", "fp8e5"),
         "fp8_of_fp32": fp8_operands("fp32", "fp8e4nv"),

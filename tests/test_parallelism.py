@@ -37,6 +37,8 @@ CASES = {
     "zero3_bf16": ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"],
     "zero3_master_bf16": ["parallelism=zero3", "precision=bf16_master"],
     "zero3_stochastic_bf16": ["parallelism=zero3", "precision=bf16_stochastic"],
+    "zero3_chunked": ["parallelism=zero3", "loss=chunked", "loss.rows=10"],
+    "ddp_chunked": ["parallelism=ddp", "loss=chunked", "loss.rows=10"],
     "ddp_stochastic_bf16": ["parallelism=ddp", "precision=bf16_stochastic"],
 }
 

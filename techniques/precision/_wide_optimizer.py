@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyno.techniques.optimizer._local import local
+
 CHUNK = 2**26  # parameters whose fp32 copies of weight and gradient exist at once during a step
 
 
@@ -76,12 +78,6 @@ def standing_in(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> I
     finally:
         for module, name, p in places:
             module._parameters[name] = p
-
-
-def local(tensor: Any) -> Tensor:
-    """A plain tensor: this rank's part where a tensor is sharded."""
-    detached = tensor.detach()
-    return detached.to_local() if hasattr(detached, "to_local") else detached
 
 
 def chunked(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> list[list[tuple[nn.Parameter, nn.Parameter]]]:

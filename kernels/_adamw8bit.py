@@ -1,0 +1,95 @@
+"""AdamW whose two moments are a byte each: `reference_step` is the specification, on a GPU it is one Triton pass.
+
+Moments are stored in blocks of 256 as codes of a table times the block's largest magnitude (Dettmers et al. 2021,
+arXiv:2110.02861): 2 + 2 * 4 / 256 = 2.03 bytes a parameter. The tables are dynamic: between 1e-7 and 1, with 7 decades
+that have twice as many values each, so that small numbers keep their magnitude and large ones their digits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dyno.kernels import triton_missing
+
+BLOCK = 256
+
+
+class Moment(NamedTuple):
+    """One moment of n parameters: uint8 codes (n,), fp32 scales (blocks,)."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+class Rates(NamedTuple):
+    """The numbers of one step; the corrections are 1 - beta^t."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    correction1: float
+    correction2: float
+
+
+@lru_cache
+def table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values in order, and the 255 bounds between them: a number gets the code of how many bounds it passes."""
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
+        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
+    magnitudes = torch.cat(positive)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    values = torch.cat([-magnitudes, magnitudes, ends] if signed else [magnitudes, ends]).sort().values
+    return values.float().to(device), ((values[1:] + values[:-1]) / 2).float().to(device)
+
+
+def empty_moment(count: int, signed: bool, device: torch.device) -> Moment:
+    """Zeros."""
+    zero = int((table(signed, device)[0] == 0).nonzero())
+    codes = torch.full((count,), zero, dtype=torch.uint8, device=device)
+    return Moment(codes, torch.zeros(-(-count // BLOCK), device=device))
+
+
+def dequantise(moment: Moment, signed: bool) -> Tensor:
+    """fp32 (n,)."""
+    values, _ = table(signed, moment.codes.device)
+    return values[moment.codes.long()] * moment.scales.repeat_interleave(BLOCK)[: moment.codes.numel()]
+
+
+def quantise_into(moment: Moment, x: Tensor, signed: bool) -> None:
+    """Store fp32 x (n,). What is not zero never becomes zero in a second moment: a step would divide by it."""
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    torch.amax(blocks.abs(), 1, out=moment.scales)
+    share = blocks / moment.scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    codes = torch.bucketize(share, table(signed, x.device)[1])
+    if not signed:
+        codes = torch.maximum(codes, (blocks > 0).long())
+    moment.codes.copy_(codes.view(-1)[: x.numel()])
+
+
+def reference_step(weight: Tensor, grad: Tensor, first: Moment, second: Moment, rates: Rates) -> None:
+    """One AdamW step of flat tensors (n,), in place: the specification."""
+    g = grad.float()
+    m = dequantise(first, True).lerp(g, 1 - rates.beta1)
+    v = dequantise(second, False).lerp(g * g, 1 - rates.beta2)
+    update = m / rates.correction1 / ((v / rates.correction2).sqrt() + rates.eps)
+    weight.copy_(weight.float() * (1 - rates.lr * rates.weight_decay) - rates.lr * update)
+    quantise_into(first, m, True)
+    quantise_into(second, v, False)
+
+
+def step(weight: Tensor, grad: Tensor, first: Moment, second: Moment, rates: Rates) -> None:
+    """One AdamW step of flat contiguous tensors (n,) in place, by Triton on a GPU."""
+    if weight.is_cuda and triton_missing(weight.device) is None:
+        from dyno.kernels._adamw8bit_step import triton_step
+
+        triton_step(weight, grad, first, second, rates)
+    else:
+        reference_step(weight, grad, first, second, rates)

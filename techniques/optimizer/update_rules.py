@@ -1,0 +1,78 @@
+"""Update rules beside the plain AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyno.technique import Footprint, Run, Shape, Technique
+
+if TYPE_CHECKING:
+    import torch
+
+    from dyno.measure.environment import Device
+    from dyno.recipe import Recipe
+
+BETAS = (0.9, 0.95)  # as the plain AdamW
+WEIGHT_DECAY = 0.1
+
+
+@dataclass
+class AdamW8bit(Technique):
+    """AdamW with both moments in 8-bit codes, a scale for every 256: 2.03 bytes of state a parameter, not 8.
+
+    Paper: Dettmers et al. 2021, arXiv:2110.02861. The arithmetic is in fp32; on a GPU one Triton pass a parameter.
+    """
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(optimizer_bytes=2 + 2 * 4 / 256)
+
+    def apply(self, run: Run) -> None:
+        from dyno.techniques.optimizer._adamw8bit import AdamW8bit as Optimizer
+
+        def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+            return Optimizer(model.parameters(), lr, BETAS, WEIGHT_DECAY)
+
+        run.replace("optimizer", make, by=self)
+
+
+@dataclass
+class Muon(Technique):
+    """Momentum whose matrices are made orthogonal before each step; embedding, head and norms by AdamW.
+
+    Source: Jordan et al. 2024, Muon (kellerjordan.github.io/posts/muon); scaled to AdamW's learning rate as in Liu et
+    al. 2025, arXiv:2502.16982. One moment for the hidden matrices; the orthogonalisation costs products every step.
+    """
+
+    momentum: float = 0.95
+    iterations: int = 5
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        if not 0 <= self.momentum < 1:
+            return f"optimizer.momentum is {self.momentum}; it takes 0 or more, less than 1"
+        if self.iterations < 1:
+            return f"optimizer.iterations is {self.iterations}; it takes 1 or more"
+        return None
+
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs."""
+        hidden = shape.linear_parameters - shape.vocab * shape.hidden
+        width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        sizes = [(width, 2), (kv, 2), (shape.ffn, 3)]
+        pairs = [(min(shape.hidden, n), max(shape.hidden, n), count) for n, count in sizes]
+        flops = shape.layers * self.iterations * sum(n * (4.0 * r * r * c + 2.0 * r**3) for r, c, n in pairs)
+        step = 6.0 * shape.linear_parameters * shape.batch * shape.seq
+        return Footprint(
+            optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + max(0.0, flops) / step
+        )  # fmt: skip
+
+    def apply(self, run: Run) -> None:
+        from dyno.techniques.optimizer._muon import Muon as Optimizer
+
+        def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+            named = list(model.named_parameters())
+            matrices = [p for name, p in named if p.dim() == 2 and name.startswith("blocks.")]
+            rest = [p for name, p in named if p.dim() != 2 or not name.startswith("blocks.")]
+            return Optimizer(matrices, rest, lr, self.momentum, self.iterations, BETAS, WEIGHT_DECAY)
+
+        run.replace("optimizer", make, by=self)

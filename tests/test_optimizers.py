@@ -1,0 +1,165 @@
+"""Optimizers: 8-bit moments that train like AdamW in a quarter of its state, and updates that are orthogonal."""
+
+import math
+
+import pytest
+import torch
+from test_training_techniques import prepared, steps
+
+from dyno.kernels import _adamw8bit as eight
+from dyno.kernels._adamw8bit import BLOCK, Rates
+from dyno.technique import Shape
+from dyno.techniques.optimizer import _muon
+from dyno.techniques.optimizer.update_rules import AdamW8bit, Muon
+
+CPU = torch.device("cpu")
+RATES = Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9, 1 - 0.95)
+
+
+def normal(*size, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_table_has_256_values_that_are_finest_where_they_are_small(signed):
+    values, bounds = eight.table(signed, CPU)
+    assert len(values.unique()) == 256 and len(bounds) == 255
+    assert bool((values.diff() > 0).all()) and bool(((bounds > values[:-1]) & (bounds < values[1:])).all())
+    assert values[-1] == 1 and (values == 0).sum() == 1 and (values.min() < -0.99) == signed
+    positive = values[values > 0]
+    assert positive.min() < 6e-7 and bool((positive[:-1].diff().diff() > -1e-6).all())
+    assert not signed or torch.equal(-values[values < 0].flip(0), positive[:-1])
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 1000])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_stored_moment_is_the_nearest_value_of_the_table(count, signed):
+    x = normal(count) ** 3
+    x = x if signed else x.abs()
+    moment = eight.empty_moment(count, signed, CPU)
+    assert not eight.dequantise(moment, signed).any()
+    eight.quantise_into(moment, x, signed)
+    got, values = eight.dequantise(moment, signed), eight.table(signed, CPU)[0]
+    scales = moment.scales.repeat_interleave(BLOCK)[:count]
+    assert torch.equal(moment.scales, torch.stack([part.abs().max() for part in x.split(BLOCK)]))
+    nearest = (values[None] * scales[:, None] - x[:, None]).abs().amin(1)
+    best = torch.isclose((got - x).abs(), nearest, rtol=1e-3, atol=1e-9)
+    assert bool((best | (x.abs() < 1e-6 * scales)).all())
+    assert moment.codes.dtype == torch.uint8
+
+
+def test_a_second_moment_that_is_not_zero_stays_so():
+    x = torch.tensor([1.0, 1e-12, 0.0])
+    moment = eight.empty_moment(3, False, CPU)
+    eight.quantise_into(moment, x, False)
+    got = eight.dequantise(moment, False)
+    assert got[0] == 1 and 0 < got[1] < 1e-6 and got[2] == 0
+
+
+def test_zeros_have_no_update_and_the_first_step_is_adamw_s():
+    weight, grad = normal(600), normal(600, seed=1)
+    grad[100:110] = 0
+    plain = torch.nn.Parameter(weight.clone())
+    plain.grad = grad.clone()
+    torch.optim.AdamW([plain], lr=RATES.lr, betas=(0.9, 0.95), weight_decay=0.1).step()
+    moments = eight.empty_moment(600, True, CPU), eight.empty_moment(600, False, CPU)
+    eight.step(weight, grad, *moments, RATES)
+    torch.testing.assert_close(weight, plain.detach(), atol=1e-6, rtol=1e-5)  # moments are rounded after it
+
+
+def test_eight_bits_train_like_adamw_in_two_bytes_a_parameter(tmp_path):
+    expected, _, _ = steps(prepared(tmp_path), 30)
+    losses, _, trainer = steps(prepared(tmp_path, "optimizer=adamw8bit"), 30)
+    assert expected[-1] < 0.5 * expected[0]
+    assert losses[-1] == pytest.approx(expected[-1], rel=0.1)
+    large = [p for p in trainer.parameters if p.numel() % BLOCK == 0]
+    stored = sum(t.nbytes for p in large for t in trainer.optimizer.state[p].values() if isinstance(t, torch.Tensor))
+    assert len(large) > 10 and stored / sum(p.numel() for p in large) == 2.03125
+    assert AdamW8bit().footprint(shape(), None).optimizer_bytes == 2.03125
+
+
+def shape():
+    return Shape(10**6, 10**6, 16, 64, 192, 4, 2, 16, 257, 8, 128)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 32), (48, 20), (3, 5, 64)], ids=str)
+def test_an_update_is_orthogonal(size):
+    """Against the singular value decomposition: its directions, and values near 1."""
+    x = normal(*size)
+    got = _muon.orthogonalise(x, 5, torch.float32)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ got @ vh.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    kept = s > 0.02 * s.amax(-1, keepdim=True)  # five iterations lift what is not lost in the norm
+    assert got.shape == x.shape and bool(((values > 0.6) & (values < 1.3))[kept].all()) and kept.float().mean() > 0.8
+    torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-4, rtol=0)
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tmp_path):
+    run = prepared(tmp_path, "optimizer=muon")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    expected, _, plain = steps(prepared(tmp_path), 1)
+    losses, _, trainer = steps(run, 1)
+    assert losses == expected and set(trainer.parameters) == set(run.model.parameters())
+    others = dict(zip(before, plain.parameters, strict=True))
+    for name, p in run.model.named_parameters():
+        if name.startswith("blocks.") and p.dim() == 2:
+            update = (before[name] * (1 - 1e-2 * 0.1) - p.detach()) / (1e-2 * 0.2 * max(p.shape) ** 0.5)
+            values = torch.linalg.svdvals(update)
+            assert values.max() < 1.3 and values.median() > 0.6, name
+            assert set(trainer.optimizer.state[p]) == {"momentum"}
+        else:
+            torch.testing.assert_close(p, others[name], atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_master", "bf16_stochastic"])
+@pytest.mark.parametrize("option", ["adamw8bit", "muon"])
+def test_they_lower_the_loss_in_every_format_of_the_weights(option, precision, tmp_path):
+    losses, _, _ = steps(prepared(tmp_path, f"optimizer={option}", f"precision={precision}"), 12)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_batches_hold_one_shape_and_a_parameter_without_gradient_is_left_alone(monkeypatch):
+    monkeypatch.setattr(_muon, "BATCH", 2 * 4 * 6)
+    parameters = [torch.nn.Parameter(normal(*s)) for s in [(4, 6), (6, 4), (4, 6), (4, 6), (50, 3)]]
+    assert [[p.shape for p in b] for b in _muon.batches(parameters)] == [[(4, 6)] * 2, [(4, 6)], [(6, 4)], [(50, 3)]]
+    optimizer = _muon.Muon(parameters[:4], parameters[4:], 0.1, 0.9, 5, (0.9, 0.95), 0.1)
+    before = [p.detach().clone() for p in parameters]
+    parameters[0].grad = torch.ones(4, 6)
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(before, parameters, strict=True)] == [False, True, True, True, True]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_muon_predicts_its_state_and_its_products():
+    footprint = Muon().footprint(shape(), None)
+    assert 4 < footprint.optimizer_bytes < 8 and footprint.flops_factor > 1
+    assert "momentum" in Muon(momentum=1.0).unsupported(None, None)
+    assert "iterations" in Muon(iterations=0).unsupported(None, None)
+    assert math.isfinite(Muon(iterations=0).footprint(shape(), None).flops_factor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 1000, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_steps_on_gpu(count, dtype):
+    from dyno.kernels._adamw8bit_step import triton_step
+
+    compare_steps(triton_step, count, dtype, "cuda")
+
+
+def compare_steps(step, count, dtype, place):
+    """Five steps of a version and of the reference: nearly all codes equal, the weights close."""
+    device = torch.device(place)
+    kept = []
+    for version in (step, eight.reference_step):
+        weight, moments = normal(count).to(device), [eight.empty_moment(count, s, device) for s in (True, False)]
+        for i in range(5):
+            rates = RATES._replace(correction1=1 - 0.9 ** (i + 1), correction2=1 - 0.95 ** (i + 1))
+            version(weight, normal(count, seed=i).to(device, dtype), *moments, rates)
+        kept.append((weight, *moments[0], *moments[1]))
+    torch.testing.assert_close(kept[0][0], kept[1][0], atol=2e-3, rtol=0)
+    for i in (1, 3):
+        assert (kept[0][i] == kept[1][i]).float().mean() > 0.98
+    for i in (2, 4):
+        torch.testing.assert_close(kept[0][i], kept[1][i], rtol=0.02, atol=1e-6)
