@@ -83,7 +83,9 @@ def settle(model: nn.Module) -> None:
 
 def state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
     """The whole model's tensors on the CPU of rank 0, under the names of one process; every rank calls this."""
-    mine = {grid.whole_name(name): whole(p.detach()).cpu() for name, p in model.named_parameters(remove_duplicate=False)}
+    mine = {
+        grid.whole_name(name): whole(p.detach()).cpu() for name, p in model.named_parameters(remove_duplicate=False)
+    }
     if grid.layout.pp == 1:
         return mine
     parts: list[Any] = [None] * dist.get_world_size()

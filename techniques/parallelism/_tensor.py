@@ -49,7 +49,8 @@ def split(grid: Grid, run: Run) -> None:
             "mlp_norm": norm,
             # One gather for the three (two) products below it, and one reduction of their gradients.
             "attention": PrepareModuleInput(
-                input_layouts=(between, None, None, None, None), desired_input_layouts=(Replicate(), None, None, None, None)
+                input_layouts=(between, None, None, None, None),
+                desired_input_layouts=(Replicate(), None, None, None, None),
             ),
             "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
             **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
@@ -58,7 +59,8 @@ def split(grid: Grid, run: Run) -> None:
             "mlp.up_proj": ColwiseParallel(),
             "mlp.down_proj": RowwiseParallel(output_layouts=between),
         }
-        if block.attention.q_norm is not None:  # (B, S, heads, D): this rank has its share of the heads
+        attention: Any = block.attention
+        if attention.q_norm is not None:  # (B, S, heads, D): this rank has its share of the heads
             plan |= {f"attention.{n}_norm": SequenceParallel(sequence_dim=2, use_local_output=True) for n in "qk"}
         parallelize_module(block, mesh, plan)
     if model.embed is not None:
