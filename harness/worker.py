@@ -137,7 +137,8 @@ def birth() -> str:
 
 def per_rank(rank: int, ranks: int, metrics: dict[str, Any], device: Any) -> list[dict[str, Any]]:
     """Figures of every rank, gathered so that rank 0 can write them."""
-    names = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "process_memory_bytes", "energy_j")
+    names = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "process_memory_bytes", "energy_j",
+             "parameter_bytes", "gradient_bytes", "optimizer_bytes")  # fmt: skip
     mine = {"rank": rank, "device": str(device), **{n: metrics[n].value for n in names if n in metrics}}
     if ranks == 1:
         return []

@@ -72,17 +72,15 @@ class Wire(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it turns into collectives on plain tensors, which come here again
-        kind = KINDS.get(getattr(func, "_schema", None) and func._schema.name)  # type: ignore[attr-defined]
+        kind = KINDS.get(func._schema.name) if isinstance(func, torch._ops.OpOverload) else None
         if kind is not None:
             self._count(kind, args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, kind: Kind, args: tuple[Any, ...]) -> None:
-        group = args[kind.group]
-        if isinstance(group, str):
-            group = torch._C._distributed_c10d._resolve_process_group(group)
-        else:
-            group = dist.ProcessGroup.unbox(group)
+        named: Any = args[kind.group]
+        resolve = dist.distributed_c10d._resolve_process_group if isinstance(named, str) else dist.ProcessGroup.unbox
+        group = resolve(named)
         ranks = group.size()
         payload = sum(t.numel() * t.element_size() for t in tree_leaves(args[kind.payload]) if isinstance(t, Tensor))
         payload *= ranks if kind.gathers else 1

@@ -26,6 +26,7 @@ from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast
 from dyno.record import Metric
 from dyno.stages import activations, bench
+from dyno.stages.ranks import counted_step
 from dyno.technique import Run
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
         reason = f"warm-up took {trainer.steps} steps, more than workload.steps={workload['steps']}"
         metrics["validation_loss"] = Metric(None, "nats", 0, reason=reason)
         metrics["perplexity"] = Metric(None, "1", 0, reason=reason)
+    if pipeline.ranks > 1:
+        metrics |= counted_step(trainer)
     pipeline.progress("train: measuring")
     with meter.window("train") as window:
         for _ in window.steps(warm.steps_to_fill if pipeline.ranks > 1 else None):

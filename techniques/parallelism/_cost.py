@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank of the pipeline holds of the model, before tensor ranks and data ranks share it."""
+    """What one rank of the pipeline has of the model, before tensor ranks and data ranks share it."""
 
     layers: int
     block: float  # weights of one block
     embedding: float
     head: float  # 0 where the head is the embedding
+    has_head: bool
+    boundaries: int  # that it sends over for one micro-batch
 
     @property
     def weights(self) -> float:
@@ -37,15 +39,17 @@ def ring(ranks: int) -> float:
 def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
     """The blocks of a pipeline rank; its embedding and head if it has them, each with a copy of tied weights."""
     table = float(shape.vocab * shape.hidden)
-    tied = shape.parameters - shape.linear_parameters < table
-    block = (shape.parameters - table * (1 if tied else 2)) / shape.layers  # the last norm is spread over the blocks
+    block = (
+        shape.parameters - table * (1 if tied(shape) else 2)
+    ) / shape.layers  # the last norm is spread over the blocks
     if layout.pp == 1:
-        return Part(shape.layers, block, table, 0.0 if tied else table)
+        return Part(shape.layers, block, table, 0.0 if tied(shape) else table, True, 0)
     stages = layout.pp * _stages.stages_per_rank(layout)
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
     cuts = _stages.balance(shape, stages, tokens)
     mine = [s for s in range(stages) if _stages.rank_of(s, layout) == pp_rank]
-    return Part(sum(len(cuts[s]) for s in mine), block, table * (0 in mine), table * (stages - 1 in mine))
+    layers, last = sum(len(cuts[s]) for s in mine), stages - 1 in mine
+    return Part(layers, block, table * (0 in mine), table * last, last, _stages.sends(layout, pp_rank))
 
 
 def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
@@ -80,21 +84,16 @@ def activation_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
     queries = tokens * shape.heads * shape.head_dim / layout.tp
     keys = tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
-    reductions = 4 * part.layers + bool(part.embedding) + has_head(layout, part)
+    reductions = 4 * part.layers + bool(part.embedding) + part.has_head
     numbers = reductions * 2 * tokens * shape.hidden * ring(layout.tp)
     if not layout.loss_parallel:
-        numbers += has_head(layout, part) * tokens * shape.vocab * ring(layout.tp)
-    if layout.pp > 1:
-        numbers += _stages.sends(layout) * tokens * shape.hidden / layout.token_shards
+        numbers += part.has_head * tokens * shape.vocab * ring(layout.tp)
+    numbers += part.boundaries * tokens * shape.hidden / layout.token_shards
     if layout.cp > 1 and layout.context == "ring":
         numbers += part.layers * 2 * (layout.cp - 1) * keys
     elif layout.cp > 1:
         numbers += part.layers * 2 * (2 * queries + keys) * ring(layout.cp)
     return numbers
-
-
-def has_head(layout: Mesh, part: Part) -> bool:
-    return layout.pp == 1 or bool(part.head)
 
 
 def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
@@ -104,7 +103,7 @@ def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
     if layout.cp > 1 and layout.context == "ring":
         total += 4 * part.layers * layout.cp * tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
     if layout.loss_parallel:  # its maximum, its sum, and the target's logit
-        total += 4 * has_head(layout, part) * 3 * 2 * tokens * ring(layout.tp)
+        total += 4 * part.has_head * 3 * 2 * tokens * ring(layout.tp)
     return total
 
 
@@ -118,15 +117,21 @@ def footprint(layout: Mesh, shape: Shape) -> Footprint:
     extra, gradients = 0.0, 1.0
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
         extra, gradients = 4.0 * whole, 0.0
-    elif layout.zero >= 2:
-        gradients = 1 / layout.shards
-        extra = 4.0 * heaviest.block / layout.tp  # one block's gradients before they are scattered
+    elif layout.zero >= 2:  # and one block's before they are scattered
+        gradients = 1 / layout.shards + heaviest.block / heaviest.weights
     if layout.zero == 3:  # what the root holds, and two blocks in flight
         extra += 4.0 * (heaviest.embedding + heaviest.head + 2 * heaviest.block) / layout.tp
     # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices.
     outside = 6 * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
     unsplit = 1.0 if layout.token_shards > 1 or layout.tp == 1 else 1 + (layout.tp - 1) * outside
-    gathered = {0: 1.0, 3: 1 / layout.shards}.get(layout.zero, 1 + 1 / layout.shards)
+    gathered = 1 / layout.shards
+    if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
+        gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
+    sent = [
+        (weight_numbers(layout, shape, p), activation_numbers(layout, shape, p), wide_bytes(layout, shape, p))
+        for p in parts
+    ]
+    weights, activations, wide = max(sent, key=lambda numbers: 4 * numbers[0] + 4 * numbers[1] + numbers[2])
     return Footprint(
         parameter_factor=gathered,
         gradient_factor=gradients,
@@ -137,9 +142,9 @@ def footprint(layout: Mesh, shape: Shape) -> Footprint:
         activation_factor=unsplit,
         logits_factor=logits_at_once / layout.vocabulary_shards,
         extra_bytes=extra,
-        wire_weights=max(weight_numbers(layout, shape, part) for part in parts),
-        wire_activations=max(activation_numbers(layout, shape, part) for part in parts),
-        wire_bytes=max(wide_bytes(layout, shape, part) for part in parts),
+        wire_weights=weights,
+        wire_activations=activations,
+        wire_bytes=wide,
         bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
         ranks=layout.world_size,
     )

@@ -29,7 +29,8 @@ class Stage(nn.Module):
         assert model is not None
         self.blocks = nn.ModuleList(blocks)
         self.embed = model.embed if first else None
-        self.norm, self.lm_head = (model.norm, model.lm_head) if last else (None, None)
+        self.norm = model.norm if last else None
+        self.lm_head = model.lm_head if last else None
         self.state_share = state_share
         self.outside = (run, model)  # a tuple is no submodule: the decoder's weights are not this stage's
 

@@ -93,7 +93,7 @@ class Ring(torch.autograd.Function):
     """Causal attention over a sequence whose parts lie on the ranks of a group."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Any) -> Tensor:
         rank, ranks, groups = dist.get_rank(group), dist.get_world_size(group), q.shape[1] // k.shape[1]
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         log_sum = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
@@ -114,7 +114,7 @@ class Ring(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, out, log_sum = ctx.saved_tensors
         group, groups = ctx.group, q.shape[1] // k.shape[1]
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -126,8 +126,10 @@ class Ring(torch.autograd.Function):
             hop = Hop(held, group) if step < ranks - 1 else None
             rows, columns, causal = parts(rank, (rank - step) % ranks, q.shape[2])
             keys, values = (repeated(x[:, :, columns], groups) for x in held)
-            mine = (grad[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], log_sum[:, :, rows])
-            new_dq, *new_dkv = attend_backward(*(x.contiguous() for x in mine), causal, ctx.scale)
+            mine = [x[:, :, rows].contiguous() for x in (grad, q, out, log_sum)]
+            new_dq, *new_dkv = attend_backward(
+                mine[0], mine[1], keys.contiguous(), values.contiguous(), mine[2], mine[3], causal, ctx.scale
+            )
             dq[:, :, rows] += new_dq
             for total, new in zip(travelling, new_dkv, strict=True):
                 total[:, :, columns] += summed(new, groups)

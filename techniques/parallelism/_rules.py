@@ -80,7 +80,8 @@ def tensor(layout: Mesh, shape: Shape) -> Iterator[str]:
     for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn),
                        ("vocab_size", shape.vocab)):  # fmt: skip
         if size % layout.tp:
-            yield f"model.{name}={size} cannot be split over parallelism.tp={layout.tp}"
+            hint = f"; {-(-size // layout.tp) * layout.tp} can" if name == "vocab_size" else ""
+            yield f"model.{name}={size} cannot be split over parallelism.tp={layout.tp}{hint}"
     part = shape.seq // layout.cp
     if part % layout.token_shards:
         yield (

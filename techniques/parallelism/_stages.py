@@ -72,11 +72,12 @@ def balance(shape: Shape, stages: int, tokens: float) -> list[range]:
 
 
 def bubble(layout: Mesh) -> float:
-    """The idle share of a step when all stages cost the same and a backward pass is two forward passes."""
+    """The idle share of a step when all stages cost the same and a backward pass is two forward passes.
+
+    A backward pass in two halves leaves only the ranks' late starts: zero bubble is a name, not a number.
+    """
     p, m, v = layout.pp, layout.micro_batches, stages_per_rank(layout)
-    if layout.schedule == "zbv":
-        return 0.0
-    work = (3 if layout.schedule == "zero_bubble" else 1) * v * m
+    work = (3 if layout.schedule in SPLIT_BACKWARD else 1) * v * m
     return (p - 1) / (work + p - 1)
 
 
@@ -90,14 +91,10 @@ def in_flight(layout: Mesh) -> float:
     return float(min(m, p))
 
 
-def sends(layout: Mesh) -> int:
-    """Boundaries that the busiest rank sends over for one micro-batch, activations and gradients counted one each."""
-    v = stages_per_rank(layout)
-    stages = v * layout.pp
-    counts = [0] * layout.pp
-    for stage in range(stages - 1):
-        here, there = rank_of(stage, layout), rank_of(stage + 1, layout)
-        if here != there:
-            counts[here] += 1
-            counts[there] += 1
-    return max(counts)
+def sends(layout: Mesh, pp_rank: int) -> int:
+    """Boundaries that a rank sends over for one micro-batch: activations forward, gradients back."""
+    count = 0
+    for stage in range(layout.pp * stages_per_rank(layout) - 1):
+        ends = rank_of(stage, layout), rank_of(stage + 1, layout)
+        count += (ends[0] != ends[1]) * ends.count(pp_rank)
+    return count

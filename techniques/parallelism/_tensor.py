@@ -59,7 +59,8 @@ def split(grid: Grid, run: Run) -> None:
             "mlp.up_proj": ColwiseParallel(),
             "mlp.down_proj": RowwiseParallel(output_layouts=between),
         }
-        if block.attention.q_norm is not None:  # (B, S, heads, D): this rank has its share of the heads
+        attention: Any = block.attention
+        if attention.q_norm is not None:  # (B, S, heads, D): this rank has its share of the heads
             plan |= {f"attention.{n}_norm": SequenceParallel(sequence_dim=2, use_local_output=True) for n in "qk"}
         parallelize_module(block, mesh, plan)
     if model.embed is not None:
