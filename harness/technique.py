@@ -57,10 +57,10 @@ class Footprint:
     `recompute_blocks` whose inside the backward pass holds at once; `extra_bytes`; `host_bytes`; and a step's
     `host_traffic_bytes` to and from the host, `wire_bytes` that a rank sends, and `bubble`, the idle share of a step.
 
-    Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32;
-    `score_copy` a second time in the products' type; `expanded_heads`: each query head has its own copy of its KV head;
-    `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix; `attention_rate` of a fused forward pass, as a
-    share of the matrix products'.
+    Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
+    `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
+    query head has its own copy of its KV head; `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix;
+    `attention_rate` of a fused forward pass, as a share of the matrix products'.
     """
 
     weight_bytes: float | None = None
