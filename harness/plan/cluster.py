@@ -1,0 +1,222 @@
+"""A training step over many GPUs: memory and time of one layout on a cluster, arithmetic only.
+
+The model is the decoder of `harness/model`, or any published one that states its sizes. Constants that no data sheet
+states are in `Efficiency`; they were fitted to one half of `benchmarks/published_runs.yaml` and judged on the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dyno.errors import UserError
+from dyno.plan.links import Link, half_s, hierarchical_s, ring_half_s
+from dyno.plan.memory import block_of
+from dyno.technique import Footprint, Shape
+
+FUSED = Footprint(fused=True, fused_loss=True, activation_width=2.0)
+RECOMPUTED = {"none": 0.0, "selective": 0.0, "alternate": 0.5, "full": 1.0}  # forward passes once more
+RESERVE = 0.08  # of a device's memory, for the context, workspaces and fragmentation
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is split. dp x tp x pp x cp GPUs; `micro` sequences a micro-batch; `virtual` stages a rank.
+
+    `recompute` is none, selective (the score matrix, where attention is not fused), alternate (every other product or
+    block) or full.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    zero: int = 1
+    micro: int = 1
+    virtual: int = 1
+    recompute: str = "none"
+    async_tp: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.dp * self.tp * self.pp * self.cp
+
+    def overrides(self, batch: int) -> list[str]:
+        """What to write on the command line for it."""
+        schedule = "interleaved" if self.virtual > 1 else "1f1b"
+        count = batch // (self.dp * self.micro)
+        words = [f"parallelism.{name}={getattr(self, name)}" for name in ("dp", "tp", "pp", "cp", "zero")]
+        words += [f"parallelism.schedule={schedule}", f"parallelism.micro_batches={count}"] if self.pp > 1 else []
+        words += ["checkpointing=uniform"] if self.recompute == "full" else []
+        accumulate = self.pp == 1 and count > 1
+        return ["parallelism=mesh", *words, *(["accumulation=gradients", f"accumulation.micro_batches={count}"]
+                                              if accumulate else [])]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Alike GPUs in nodes. Peaks are the vendor's dense ones."""
+
+    flop_per_s: float
+    bytes_per_s: float
+    memory_bytes: float
+    node: int
+    inside: Link
+    between: Link
+    generation: str = "h100"
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What no data sheet states. `products`: the share of the peak that large products reach, by generation of GPU;
+    `elementwise`: passes over memory, against those of a fused block; `overlap`: the share of gradient and weight
+    traffic that hides behind compute; `unfused`: bytes a query-key pair where attention lies in memory; `wide`: hidden
+    units a rank at which products are half as good as they get."""
+
+    products: Mapping[str, float]
+    elementwise: float = 6
+    eager: float = 2
+    overlap: float = 0.819
+    unfused: float = 37.3
+    wide: float = 104
+
+
+# Of a100 and h100 fitted; the others taken over from the nearest generation, unmeasured.
+DEFAULT = Efficiency({"v100": 0.693, "a100": 0.693, "h100": 0.598, "h200": 0.598, "b200": 0.598})
+
+
+def cluster_of(hardware: Mapping[str, Any], generation: str, dtype: str = "bf16") -> Cluster:
+    """The cluster that a hardware option states.
+
+    Raises:
+        UserError: it states no node, no network or no peak of this dtype.
+    """
+    for key in ("node", "network", "peak_flop_per_s", "peak_byte_per_s", "memory_bytes"):
+        if not hardware.get(key):
+            raise UserError(
+                f"a plan for several nodes needs hardware.{key}: use hardware=h100, a100, h200, b200 or v100"
+            )
+    peaks, node, network = hardware["peak_flop_per_s"], hardware["node"], hardware["network"]
+    if not peaks.get(dtype):
+        raise UserError(f"hardware.peak_flop_per_s.{dtype} is not stated; there is {', '.join(k for k in peaks)}")
+    return Cluster(
+        float(peaks[dtype]), float(hardware["peak_byte_per_s"]["value"]), float(hardware["memory_bytes"]),
+        int(node["gpus"]), Link(float(node["byte_per_s"]), float(node["latency_s"])),
+        Link(float(network["byte_per_s"]), float(network["latency_s"])), generation,
+    )  # fmt: skip
+
+
+def layer_matrices(shape: Shape) -> float:
+    """Matrix weights of one block."""
+    return (shape.linear_parameters - shape.vocab * shape.hidden) / shape.layers
+
+
+def model_flops(shape: Shape, causal: bool = True) -> float:
+    """FLOPs of a step without recomputation: 6 a matrix weight and token, and attention's."""
+    attention = (6 if causal else 12) * shape.layers * shape.heads * shape.head_dim * shape.seq
+    return shape.batch * shape.seq * (6.0 * shape.linear_parameters + attention)
+
+
+def in_flight(layout: Layout, count: int) -> float:
+    """Micro-batches whose activations the first stage holds."""
+    if layout.virtual > 1:
+        return min(count, layout.pp) * (1 + (layout.pp - 1) / (layout.pp * layout.virtual))
+    return min(count, layout.pp)
+
+
+def memory_terms(shape: Shape, layout: Layout) -> dict[str, float]:
+    """Bytes on the fullest rank: bf16 weights, fp32 gradients and masters, Adam; activations in flight; logits."""
+    count = shape.batch // (layout.dp * layout.micro)
+    share = layout.dp * layout.cp
+    edge = shape.vocab * shape.hidden / layout.tp
+    ends = 1 if layout.pp > 1 or shape.tied else 2
+    mine = layer_matrices(shape) * math.ceil(shape.layers / layout.pp) / layout.tp + ends * edge
+    tokens = layout.micro * shape.seq / layout.cp
+    block = block_of(shape, FUSED)
+    again = RECOMPUTED[layout.recompute]
+    kept = again * block.boundary + (1 - again) * block.kept
+    layers = shape.layers / layout.pp
+    inside = block.kept * tokens / layout.tp if again else 0.0
+    gathered = 2 * 2 * layer_matrices(shape) / layout.tp if layout.zero == 3 else 0.0
+    return {
+        "weights": 2.0 * mine / (share if layout.zero == 3 else 1) + gathered,
+        "gradients": 4.0 * mine / (share if layout.zero >= 2 else 1),
+        "optimizer": 12.0 * mine / (share if layout.zero >= 1 else 1),
+        "activations": kept * tokens / layout.tp * layers * in_flight(layout, count) + inside,
+        "logits": (4.0 + 2.0) * tokens * shape.vocab / layout.tp,
+    }
+
+
+def time_terms(
+    shape: Shape, layout: Layout, cluster: Cluster, efficiency: Efficiency = DEFAULT, *,
+    eager: bool = False, unfused_attention: bool = False, causal: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step by term; their sum is the step."""
+    count = shape.batch // (layout.dp * layout.micro)
+    tokens = layout.micro * shape.seq / layout.cp
+    rate = cluster.flop_per_s * efficiency.products[cluster.generation]
+    width = shape.hidden / layout.tp
+    rate *= width / (width + efficiency.wide)
+    layers = shape.layers / layout.pp
+    again = RECOMPUTED[layout.recompute]
+    forwards = 3.0 + again
+    pairs = tokens * shape.seq * shape.heads / layout.tp
+    whole = 4 * pairs * shape.head_dim * (0.5 if causal and not unfused_attention else 1.0)
+    # A fused backward pass multiplies two and a half times as much as its forward; both at about 0.6 of large products.
+    attention = whole * (forwards if unfused_attention else forwards + 0.5)
+    products = 2 * layer_matrices(shape) / layout.tp * tokens * forwards
+    attention_s = attention / rate / (1.0 if unfused_attention else 0.6)
+    if unfused_attention:
+        matrices = 4.0 if layout.recompute == "selective" else forwards
+        attention_s += efficiency.unfused * pairs * matrices / 3 / cluster.bytes_per_s
+    block = block_of(shape, FUSED)
+    passes = efficiency.elementwise * (efficiency.eager if eager else 1.0)
+    elementwise = passes * block.kept * tokens / layout.tp * forwards / 3 / cluster.bytes_per_s
+    head = 6 * shape.vocab * shape.hidden / layout.tp * tokens / rate / layout.pp
+    per_micro = layers * (products / rate + attention_s + elementwise) + head
+
+    message = 2 * tokens * shape.hidden
+    calls = 4.0 + 2.0 * again
+    tensor_link = cluster.inside if layout.tp <= cluster.node else cluster.between
+    tensor = layers * calls * 2 * ring_half_s(layout.tp, message, tensor_link)
+    tensor *= 0.5 if layout.async_tp else 1.0
+    keys = 2 * 2 * tokens * shape.kv_heads * shape.head_dim / layout.tp
+    context_link = cluster.inside if layout.tp * layout.cp <= cluster.node else cluster.between
+    ring = layers * 3 * ring_half_s(layout.cp, keys * layout.cp, context_link)
+    context = max(0.0, ring - layers * attention_s * efficiency.overlap)
+
+    hops = 2 * layout.virtual * (layout.pp > 1)
+    near = layout.tp * layout.cp * layout.dp * layout.pp <= cluster.node
+    stage_link = cluster.inside if near else cluster.between
+    stages = hops * (stage_link.latency_s + message / layout.tp / stage_link.bytes_per_s)
+    busy = count * (per_micro + tensor + context)
+    bubble = (layout.pp - 1) / layout.virtual * (per_micro + tensor + context + stages)
+
+    edge = shape.vocab * shape.hidden / layout.tp
+    mine = layer_matrices(shape) * shape.layers / layout.pp / layout.tp + edge
+    group = layout.dp * layout.cp
+    each = max(1, min(group, cluster.node // (layout.tp if layout.tp <= cluster.node else cluster.node)))
+    nodes = math.ceil(group / each)
+    links = (cluster.inside, cluster.between)
+    if layout.zero == 3:
+        half = half_s(nodes, each, 2 * mine, *links)
+        wire, window = count * 3 * half, busy
+    elif layout.zero >= 1:
+        wire = half_s(nodes, each, 4 * mine, *links) + half_s(nodes, each, 2 * mine, *links)
+        window = (per_micro + tensor) * 2 / 3 * min(count, layout.pp)
+    else:
+        wire = hierarchical_s(nodes, each, 4 * mine, *links)
+        window = (per_micro + tensor) * 2 / 3
+    data = max(wire - efficiency.overlap * window, (1 - efficiency.overlap) * wire) if group > 1 else 0.0
+    optimizer = 34 * mine / (group if layout.zero >= 1 else 1) / cluster.bytes_per_s
+    return {
+        "products": count * (layers * products / rate + head), "attention": count * layers * attention_s,
+        "elementwise": count * layers * elementwise, "tensor wire": count * tensor, "context wire": count * context,
+        "stage wire": count * stages, "bubble": bubble, "data wire": data, "optimizer": optimizer,
+    }  # fmt: skip
+
+
+def fits(shape: Shape, layout: Layout, cluster: Cluster) -> bool:
+    return sum(memory_terms(shape, layout).values()) <= cluster.memory_bytes * (1 - RESERVE)
