@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from dyno.report.rows import Row, fingerprint_parts, metric_unit, rows, short_name, unexplained, varied, varied_knobs
 from dyno.report.sections import best_columns, listed
-from dyno.report.summary import Objective, Summary, gain, summarise
+from dyno.report.summary import FEW_NOTE, Objective, Summary, effects, gain, summarise, untold
 from dyno.units import quantity, ratio_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _MOST_FAILURES = 20
+_KEY = "Blue: the Pareto front; orange diamond: the baseline; hollow: breaks a constraint. Bars are 95% intervals."
 
 
 def markdown(
@@ -26,7 +28,11 @@ def markdown(
     baseline_id: str | None = None,
 ) -> str:
     """The report of a table as GitHub Markdown. Arguments and errors as `dyno.report.html`."""
-    summary = summarise(rows(frame, records), constraints, objectives, baseline_id)
+    return page(summarise(rows(frame, records), constraints, objectives, baseline_id), title)
+
+
+def page(summary: Summary, title: str, pictures: Mapping[str, str] | None = None) -> str:
+    """The whole document; `pictures` maps the name of a figure (see figures.py) to the Markdown that shows it."""
     names, knobs = varied(summary.rows), varied_knobs(summary.rows)
     counts = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in summary.counts().items() if n)
     parts = [f"## {_cell(title)}", f"{len(summary.rows)} runs{': ' + counts if counts else ''}."]
@@ -36,10 +42,39 @@ def markdown(
     for limit in summary.limits:
         state = f" (not applied: {_cell(limit.reason)})" if limit.bound is None else ""
         parts.append(f"Constraint: {_code(limit.text)}{state}")
+    shown = pictures or {}
     parts += _best(summary, names, knobs)
+    parts += ["### Trade-off", shown["tradeoff"], _KEY] if "tradeoff" in shown else []
+    parts += _effects(summary, shown.get("effects"))
     parts += _failures(summary, names, knobs)
     parts += _environment(summary)
     return "\n\n".join(parts) + "\n"
+
+
+def picture(alt: str, file: str) -> str:
+    """An image by its relative file name."""
+    return f"![{_cell(alt)}]({quote(file)})"
+
+
+def _effects(summary: Summary, shown: str | None) -> list[str]:
+    """What each option did to the objectives; nothing where no axis was varied."""
+    metrics = [metric for metric, _ in summary.objectives]
+    found = effects(summary.rows, metrics)
+    silent = untold(summary.rows, found)
+    parts = ["### Effect of each axis"] if found or silent else []
+    if found:
+        cells: dict[tuple[str, str, str], dict[str, str]] = {}
+        for e in found:
+            told = f"{ratio_text(e.ratio, e.low, e.high)}, {e.pairs} pair{'s' if e.pairs > 1 else ''}"
+            cells.setdefault((e.axis, e.option, e.reference), {})[e.metric] = told
+        lines = ["| axis | option | " + " | ".join(map(_cell, metrics)) + " |", "|---|---|" + "---:|" * len(metrics)]
+        for (axis, option, reference), by_metric in cells.items():
+            figures = " | ".join(by_metric.get(metric, "*not in both runs*") for metric in metrics)
+            lines.append(f"| {_cell(axis)} | {_cell(option)} over {_cell(reference)} | {figures} |")
+        parts += [*([shown] if shown else []), "\n".join(lines)]
+        parts.append("Ratios over pairs of runs in which only this axis differs: geometric mean and 95% interval.")
+    parts += [FEW_NOTE] if any(e.few for e in found) else []
+    return parts + ([_cell(silent)] if silent else [])
 
 
 def _best(summary: Summary, names: list[str], knobs: list[str]) -> list[str]:
