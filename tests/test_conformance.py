@@ -134,7 +134,7 @@ def test_an_option_predicts_finite_needs_and_says_why_it_cannot_run(option):
         assert why is None or (isinstance(why, str) and len(why) > 15 and "\n" not in why)
         footprint = technique.footprint(shape, device)
         assert isinstance(footprint, Footprint)
-        values = [v for v in dataclasses.asdict(footprint).values() if v is not None]
+        values = [v for v in dataclasses.asdict(footprint).values() if v is not None and not isinstance(v, str)]
         assert all(math.isfinite(v) and v >= 0 for v in values)
 
 
