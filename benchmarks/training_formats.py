@@ -45,7 +45,9 @@ def check_fp8(rowwise: bool) -> dict[str, Any]:
     scales = _fp8._both_scales(parts, _fp8.E4M3, rowwise)
     got = _fp8.operands(parts, *scales, _fp8.E4M3)
     wanted = _fp8.operands([p.cpu() for p in parts], *(s.cpu() for s in scales), _fp8.E4M3)
-    row = {"equal_codes": [float((a.cpu().float() == b.float()).float().mean()) for a, b in zip(got, wanted, strict=True)]}
+    row = {
+        "equal_codes": [float((a.cpu().float() == b.float()).float().mean()) for a, b in zip(got, wanted, strict=True)]
+    }
     x = torch.randn(1000, 2048, device=DEVICE, dtype=torch.bfloat16)
     for name, dtype in (("e4m3", _fp8.E4M3), ("e5m2", _fp8.E5M2)):
         scale, _ = _fp8._both_scales([x], dtype, rowwise)
