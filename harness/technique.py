@@ -159,6 +159,11 @@ class Technique:
         """Overrides of another recipe that is built first: the knob `teacher` or `draft` where a technique has one."""
         return getattr(self, "teacher", None) or getattr(self, "draft", None)
 
+    @property
+    def weights_on_host(self) -> bool:
+        """Whether training builds the model in host memory, from where the technique places it itself."""
+        return False
+
     def knobs(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

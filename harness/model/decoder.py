@@ -148,6 +148,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def initial_std(name: str, config: ModelConfig) -> float:
+    """The standard deviation that a matrix starts with: 0.02, less by depth where a block adds to the residual stream."""
+    adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return 0.02 / math.sqrt(2 * config.layers) if adds else 0.02
+
+
 class Decoder(nn.Module):
     """tokens (B, S) -> logits (B, S, vocab_size), or what `head_loss` makes of them where targets (B, S) are given."""
 
@@ -168,16 +174,12 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
     def initialise(self, seed: int) -> Decoder:
-        """Normal weights of std 0.02, outputs of residual branches scaled down by depth; drawn where the model is."""
-        device = self.norm.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
-        residual = 0.02 / math.sqrt(2 * self.config.layers)
+        """Normal weights, see `initial_std`; the same for every device when the model is on the CPU."""
+        generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                if weight.dim() < 2:
-                    continue
-                std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                weight.copy_(torch.randn(weight.shape, generator=generator, device=device) * std)
+                if weight.dim() > 1:
+                    nn.init.normal_(weight, std=initial_std(name, self.config), generator=generator)
         return self
 
     def embedded(self, tokens: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
 
     model = run.model
     assert model is not None
-    block = copy.deepcopy(block).to(run.part("weights_dtype"))
+    block = copy.deepcopy(block).to(run.device, run.part("weights_dtype"))
     seen = []
     for rows in (1, 2):
         kept: dict[int, Any] = {}
