@@ -62,7 +62,7 @@ def test_every_option_of_every_axis_composes_and_has_help():
         (["quantization=int8", "quantization.group_size=null"], ["group_size is None"]),
         (["quantization=int8", "quantization.symmetric=1"], ["symmetric is 1", "true or false"]),
         (["quantization=int8", "quantization.skip=5"], ["skip is 5", "list"]),
-        (["parallelism=ddp", "parallelism.ranks=true"], ["ranks is True", "whole number"]),
+        (["parallelism=ddp", "parallelism.dp=true"], ["dp is True", "whole number"]),
         (["attention=sdpa", "attention.backend=5"], ["backend is 5", "text"]),
         (["workload.batch=2.5"], ["workload.batch is 2.5", "whole number"]),
         (["model.layers=abc"], ["model.layers is 'abc'"]),

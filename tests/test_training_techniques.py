@@ -145,7 +145,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro, tmp_path):
 @pytest.mark.parametrize(("batch", "micro", "ranks", "fits"), [(8, 3, 1, False), (8, 0, 1, False), (8, 4, 1, True),
                                                               (8, 8, 2, False), (8, 4, 2, True)])  # fmt: skip
 def test_a_batch_that_cannot_be_split_is_told_before_any_work(batch, micro, ranks, fits, tmp_path):
-    layout = ["parallelism=ddp", f"parallelism.ranks={ranks}"] if ranks > 1 else []
+    layout = ["parallelism=ddp", f"parallelism.dp={ranks}"] if ranks > 1 else []
     recipe = tiny.pipeline(tmp_path, f"workload.batch={batch}", *layout).recipe
     assert (GradientAccumulation(micro).unsupported(recipe, None) is None) == fits
 

@@ -25,7 +25,7 @@ from dyno.kernels.attention import eager
 from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast, initial_std, rope_frequencies
 from dyno.record import Metric
-from dyno.stages import activations, bench
+from dyno.stages import activations, bench, checkpoint
 from dyno.stages.ranks import counted_step
 from dyno.technique import Run
 
@@ -67,6 +67,8 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         micro_batches=1,
         data_ranks=run.ranks,
         groups={},
+        whole_name=lambda name: name,
+        writes=0 if run.rank == 0 else None,
         sync=lambda is_last: contextlib.nullcontext(),
         local_batch=partial(rows_of_rank, run),
         gradients=partial(accumulate, run),
@@ -161,10 +163,13 @@ class Trainer:
         self.steps += 1
 
     def train(self, steps: int, progress: Any) -> None:
-        """So many steps, telling the loss now and then and stopping when it is not finite."""
+        """So many steps, telling the loss now and then and stopping when it is not finite; checkpoints if asked for."""
         told = time.monotonic()
+        every = self.workload.get("checkpoint_every", 0)
         for i in range(steps):
             self.step()
+            if every and self.steps % every == 0:
+                checkpoint.save(self, self.run.directory / "checkpoints")
             if time.monotonic() - told > LOG_EVERY_S or i == steps - 1:
                 told = time.monotonic()
                 progress(f"train: step {i + 1}/{steps} loss {self.finite_loss():.3f}")
@@ -303,6 +308,8 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     model = fresh_model(pipeline, manifest)
     run = prepared_run(pipeline, model)
     trainer = Trainer(run, np.load(data_path / "train.npy", mmap_mode="r"), workload, config["seed"])
+    if workload.get("resume"):
+        checkpoint.load(trainer, Path(workload["resume"]))
     bench.mark("model")
     warm = bench.warm_up(meter, trainer.step)
     metrics = warm.metrics
@@ -314,7 +321,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
         with run.part("autocast")():
             metrics |= quality.loss_metrics(run.part("forward"), held_out, workload, pipeline.device)
     else:
-        reason = f"warm-up took {trainer.steps} steps, more than workload.steps={workload['steps']}"
+        reason = f"{trainer.steps} steps were taken with warm-up, more than workload.steps={workload['steps']}"
         metrics["validation_loss"] = Metric(None, "nats", 0, reason=reason)
         metrics["perplexity"] = Metric(None, "1", 0, reason=reason)
     if pipeline.ranks > 1:

@@ -49,4 +49,7 @@ def apply(layout: Mesh, run: Run) -> None:
         _sharding.shard(grid, run, roots)
     if layout.cp > 1:
         _context.split(grid, run)
+    first = grid.dp_rank == grid.cp_rank == grid.tp_rank == 0
+    run.replace("writes", grid.pp_rank if first else None, by=layout)
+    run.replace("whole_name", grid.whole_name, by=layout)
     run.replace("state_dict", lambda: state_dict(model, grid), by=layout)

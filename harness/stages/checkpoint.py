@@ -1,0 +1,130 @@
+"""A training state on disk, whole whatever layout wrote it, so that any other may go on from it.
+
+A directory: `part-N.safetensors`, each with whole tensors (`weight.NAME`, `state.NAME.KEY` of the optimizer), and
+`index.json`, written last, that says which tensor lies where. Neither is pickle: opening a stranger's runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from dyno.errors import UserError
+from dyno.record import write_json
+
+if TYPE_CHECKING:
+    from dyno.stages.train import Trainer
+
+FORMAT = "dyno-checkpoint-1"
+
+
+def named(trainer: Trainer) -> Iterator[tuple[str, Any]]:
+    """This rank's parameters under their names in the whole model."""
+    model, whole_name = trainer.run.model, trainer.run.part("whole_name")
+    assert model is not None
+    return ((whole_name(name), parameter) for name, parameter in model.named_parameters())
+
+
+def save(trainer: Trainer, directory: Path) -> Path:
+    """Write the state after so many steps under `directory`; all ranks call this, those that have a part write it."""
+    run, path = trainer.run, directory / f"step-{trainer.steps:07d}"
+    path.mkdir(parents=True, exist_ok=True)
+    writes, tensors = run.part("writes"), {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a gather: every rank takes part
+        if writes is not None:
+            tensors[name] = whole.detach().cpu().contiguous()
+
+    for name, parameter in named(trainer):
+        keep(f"weight.{name}", parameter)
+        for key, value in sorted(trainer.optimizer.state[parameter].items()):
+            keep(f"state.{name}.{key}", value if isinstance(value, Tensor) else torch.tensor(value))
+    part = f"part-{writes}.safetensors"
+    if writes is not None:
+        save_file(tensors, path / part)
+    lists: list[Any] = [dict.fromkeys(tensors, part)]
+    if run.ranks > 1:
+        lists = [None] * run.ranks
+        dist.all_gather_object(lists, dict.fromkeys(tensors, part))
+    if run.rank == 0:
+        scaler = run.part("scaler")
+        places = {name: file for one in lists for name, file in one.items()}
+        index = {"format": FORMAT, "steps": trainer.steps, "scaler": scaler and scaler.state_dict(), "tensors": places}
+        write_json(path / "index.json", index)
+    return path
+
+
+class Reader:
+    """The tensors of a checkpoint by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.index = json.loads((path / "index.json").read_text())
+            assert self.index["format"] == FORMAT
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise UserError(f"workload.resume={path} is no checkpoint: it needs an index.json of {FORMAT}") from error
+        self.files: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self.index["tensors"])
+
+    def tensor(self, name: str) -> Tensor:
+        file = Path(self.index["tensors"][name]).name  # never outside of the directory
+        try:
+            if file not in self.files:
+                self.files[file] = safe_open(self.path / file, framework="pt")
+            return self.files[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"workload.resume={self.path}: {name} cannot be read from {file}: {error}") from error
+
+
+def like(whole: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor on the device and in the shards of a parameter."""
+    whole = whole.to(parameter.device)
+    if not hasattr(parameter, "placements"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        placements=parameter.placements
+    )
+
+
+def load(trainer: Trainer, path: Path) -> None:
+    """Put a checkpoint's weights, optimizer state, step and place in the data into a fresh trainer."""
+    reader, optimizer = Reader(path), trainer.optimizer
+    known, state = set(reader.names()), {}
+    places = {id(p): i for i, p in enumerate(trainer.parameters)}
+    for name, parameter in named(trainer):
+        if f"weight.{name}" not in known and name == "lm_head.weight":
+            name = "embed.weight"  # tied where it was written
+        if f"weight.{name}" not in known:
+            raise UserError(f"workload.resume={path} has no {name}: it is of another model")
+        weight = reader.tensor(f"weight.{name}")
+        if weight.shape != parameter.shape:
+            shapes = f"{tuple(weight.shape)}, here it is {tuple(parameter.shape)}"
+            raise UserError(f"workload.resume={path} has {name} of shape {shapes}: it is of another model")
+        with torch.no_grad():
+            parameter.copy_(like(weight, parameter))
+        start = f"state.{name}."
+        values = {key.removeprefix(start): reader.tensor(key) for key in known if key.startswith(start)}
+        state[places[id(parameter)]] = {
+            key: like(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
+        }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if trainer.run.part("scaler") and reader.index["scaler"]:
+        trainer.run.part("scaler").load_state_dict(reader.index["scaler"])
+    trainer.steps = int(reader.index["steps"])
+    for _ in range(trainer.steps):
+        next(trainer.batches)

@@ -1,0 +1,132 @@
+"""A training state written by one layout is gone on from by others: the losses are those of a run never broken off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import tiny
+import torch
+
+from dyno.errors import UserError
+from dyno.recipe import Recipe, compose
+from dyno.stages import checkpoint, train
+from dyno.techniques.parallelism import _layout  # noqa: F401  the ranks inherit what is imported here
+
+BEFORE, AFTER = 3, 3
+WORKLOAD = {"measures": "train", "batch": 8, "seq": 16, "lr": 1e-2}
+STREAM = np.tile(np.arange(20), 20)
+SIZES = {"vocab_size": 64, "layers": 2, "kv_heads": 4}
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "mesh": (4, ["parallelism=mesh", "parallelism.zero=3"]),
+    "staged": (4, ["parallelism=mesh", "parallelism.tp=1", "parallelism.pp=2"]),
+    "zero3": (2, ["parallelism=zero3"]),
+    "tensor": (2, ["parallelism=tensor"]),
+    "pipeline": (2, ["parallelism=pipeline"]),
+}
+WRITERS, READERS = ("one", "mesh", "staged"), ("one", "zero3", "tensor", "pipeline", "mesh")
+
+
+def trainer_of(recipe: Recipe, count: int, directory: Path, rank: int = 0) -> train.Trainer:
+    made = tiny.pipeline_of(recipe, directory)
+    made.rank, made.ranks = rank, count
+    run = train.prepared_run(made, tiny.model(sharpness=3.0, **SIZES).train())
+    return train.Trainer(run, STREAM, WORKLOAD, seed=0)
+
+
+def losses(trainer: train.Trainer, steps: int) -> list[float]:
+    seen = []
+    for _ in range(steps):
+        trainer.step()
+        seen.append(trainer.mean_loss())
+    return seen
+
+
+def main(directory: Path) -> None:
+    """All writers first, then every reader goes on from each of them and writes down its losses."""
+    recipes = {n: compose(["workload.batch=8", "workload.seq=16", *o]) for n, (_, o) in LAYOUTS.items()}
+    torch.set_num_threads(1)
+
+    def each(names: tuple[str, ...], task) -> None:
+        for name in names:
+            count = LAYOUTS[name][0]
+
+            def work(rank: int, name: str = name, count: int = count) -> None:
+                task(name, count, rank)
+
+            work(0) if count == 1 else ranks.fork(count, work, directory, limit_s=60)
+
+    def write(name: str, count: int, rank: int) -> None:
+        trainer = trainer_of(recipes[name], count, directory, rank)
+        losses(trainer, BEFORE)
+        checkpoint.save(trainer, directory / name)
+
+    def read(name: str, count: int, rank: int) -> None:
+        for writer in WRITERS:
+            trainer = trainer_of(recipes[name], count, directory, rank)
+            checkpoint.load(trainer, directory / writer / f"step-{BEFORE:07d}")
+            seen = losses(trainer, AFTER)
+            (directory / f"{writer}-{name}-{rank}.json").write_text(json.dumps(seen))
+
+    each(WRITERS, write)
+    each(READERS, read)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    where = tmp_path_factory.mktemp("checkpoints")
+    ranks.run_program(__file__, where, limit_s=200)
+    return where
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    recipe = compose(["workload.batch=8", "workload.seq=16"])
+    return losses(trainer_of(recipe, 1, tmp_path_factory.mktemp("one")), BEFORE + AFTER)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("reader", READERS)
+def test_training_goes_on_as_if_never_broken_off(writer, reader, directory, unbroken):
+    for rank in range(LAYOUTS[reader][0]):
+        seen = json.loads((directory / f"{writer}-{reader}-{rank}.json").read_text())
+        assert seen == pytest.approx(unbroken[BEFORE:], abs=1e-5)
+
+
+def test_every_writer_leaves_the_same_tensors(directory):
+    plain = checkpoint.Reader(directory / "one" / f"step-{BEFORE:07d}")
+    for writer in WRITERS[1:]:
+        other = checkpoint.Reader(directory / writer / f"step-{BEFORE:07d}")
+        twin = {n for n in other.names() if "lm_head" in n}  # a pipeline's copy of the tied embedding
+        assert set(other.names()) - twin == set(plain.names())
+        for name in plain.names():
+            torch.testing.assert_close(other.tensor(name), plain.tensor(name), atol=2e-4, rtol=1e-3)
+
+
+def test_a_directory_that_is_no_checkpoint_of_this_model_is_told(directory, tmp_path):
+    recipe = compose(["workload.batch=8", "workload.seq=16"])
+    trainer = trainer_of(recipe, 1, tmp_path)
+    with pytest.raises(UserError, match="is no checkpoint: it needs an index.json"):
+        checkpoint.load(trainer, tmp_path)
+    where = directory / "one" / f"step-{BEFORE:07d}"
+    index = json.loads((where / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="cannot be read from part-0.safetensors"):
+        checkpoint.load(trainer, tmp_path)
+    del index["tensors"]["weight.norm.weight"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "part-0.safetensors").write_bytes((where / "part-0.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"has no norm.weight: it is of another model"):
+        checkpoint.load(trainer, tmp_path)
+    wider = train.prepared_run(tiny.pipeline_of(recipe, tmp_path), tiny.model(**{**SIZES, "ffn_width": 64}))
+    with pytest.raises(UserError, match=r"of shape .*: it is of another model"):
+        checkpoint.load(train.Trainer(wider, STREAM, WORKLOAD, seed=0), where)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
