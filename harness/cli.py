@@ -23,7 +23,9 @@ EXAMPLES = {
   dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'""",
     "plan": """  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform
   dyno plan model=1b hardware=h100
-  dyno plan --calibrate results model=160m precision=bf16""",
+  dyno plan --calibrate results model=160m precision=bf16
+  dyno plan model=1b hardware=h100 precision=bf16 compile=on --tokens 1e11
+  dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256""",
 }
 
 
@@ -62,6 +64,12 @@ def parser() -> argparse.ArgumentParser:
         "plan", "predict what a recipe needs, and why it cannot run, without running it", EXAMPLES["plan"], True
     )
     plan.add_argument("--calibrate", metavar="DIR", help="first fit the predictions to the training runs in DIR")
+    plan.add_argument(
+        "--tokens", type=float, metavar="N", help="time, energy, carbon and money of training on N tokens"
+    )
+    plan.add_argument(
+        "--search", metavar="gpus=N", help="the best layouts of the model on N GPUs of the stated hardware"
+    )
     table = verb(
         "table",
         "records as a table",
@@ -230,10 +238,48 @@ def plan(arguments: argparse.Namespace) -> int:
             show.calibration(found)
     recipe = recipe_of(arguments)
     hardware = recipe.config["hardware"]
-    prediction = predict(recipe, planned(hardware) or detect(hardware))
+    if arguments.search:
+        return layouts(recipe, arguments.search, arguments.tokens)
+    device = planned(hardware) or detect(hardware)
+    prediction = predict(recipe, device)
     show.plan(prediction)
-    print(json.dumps(prediction.to_json()))
+    out = prediction.to_json()
+    if arguments.tokens and prediction.step_s:
+        from dyno.measure.hardware import resolve
+        from dyno.plan.budget import budget
+
+        total = budget(
+            arguments.tokens, prediction.tokens_per_step / prediction.step_s, prediction.ranks,
+            resolve(hardware, device.kind, device.name),
+        )  # fmt: skip
+        show.budget(total)
+        out["budget"] = total.to_json()
+    print(json.dumps(out))
     return OK if prediction.verdict() is None else FAILED
+
+
+def layouts(recipe: Recipe, wanted: str, tokens: float | None) -> int:
+    """The best layouts of a recipe's model on many GPUs."""
+    import json
+
+    from dyno import show
+    from dyno.errors import UserError
+    from dyno.plan import shape_of
+    from dyno.plan.budget import budget
+    from dyno.plan.search import best_layouts, parse
+
+    gpus, shape = parse(wanted), shape_of(recipe)
+    if shape is None or recipe.config["workload"]["measures"] != "train":
+        raise UserError("--search is for training: add workload=train")
+    hardware = recipe.config["hardware"]
+    found, looked, fitting = best_layouts(shape, gpus, hardware, str(recipe.choices["hardware"]))
+    show.layouts(found, looked, fitting, shape.batch)
+    total = budget(tokens, found[0].tokens_per_s, gpus, hardware) if tokens else None
+    if total:
+        show.budget(total)
+    best = [{**c.to_json(), "overrides": c.layout.overrides(shape.batch)} for c in found]
+    print(json.dumps({"label": "predicted", "best": best, "budget": total.to_json() if total else None}))
+    return OK
 
 
 def table(arguments: argparse.Namespace) -> int:

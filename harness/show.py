@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from dyno.plan import Plan
+    from dyno.plan.budget import Budget
     from dyno.plan.corrections import Calibration
+    from dyno.plan.search import Candidate
 
 MAIN = (
     "tokens_per_s", "step_time_s", "decode_tokens_per_s", "ttft_s", "tpot_s", "validation_loss", "perplexity",
@@ -169,9 +171,35 @@ def plan(prediction: Plan) -> None:
             f"  step               {si(prediction.step_s, 's'):>10}  +-{prediction.time_band:.0%}; "
             f"{si(prediction.tokens_per_step / prediction.step_s, 'token/s')}"
         )
+    out += [f"  {sentence}" for sentence in prediction.advice]
     if prediction.terms and not prediction.calibrated:
         out.append("  uncalibrated: `dyno plan --calibrate DIR` fits these figures to training runs in DIR")
     out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")
+    print("\n".join(out), file=sys.stderr)
+
+
+def layouts(found: list[Candidate], looked: int, fitting: int, batch: int) -> None:
+    """The best layouts on stderr, each with its overrides and why it is no quicker."""
+    out = [f"predicted; {looked} layouts, {fitting} fit; the best:"]
+    for c in found:
+        x = c.layout
+        out.append(
+            f"  dp {x.dp} x tp {x.tp} x pp {x.pp} x cp {x.cp}  zero {x.zero}  micro-batch {x.micro}  "
+            f"recompute {x.recompute}: step {si(c.step_s, 's')}  {si(c.tokens_per_s, 'token/s')}  mfu {c.mfu:.0%}  "
+            f"{si(c.memory_bytes, 'B')}"
+        )
+        out += [f"    {c.why()}", f"    {' '.join(x.overrides(batch))}"]
+    print("\n".join(out), file=sys.stderr)
+
+
+def budget(total: Budget) -> None:
+    """What so many tokens cost, on stderr."""
+    parts = [f"{si(total.tokens)} tokens on {total.gpus} devices: {total.hours / 24:.3g} days"]
+    parts += [f"{si(total.energy_kwh)} kWh"] if total.energy_kwh is not None else []
+    parts += [f"{si(total.carbon_kg)} kg CO2"] if total.carbon_kg is not None else []
+    parts += [f"{si(total.cost_usd)} USD"] if total.cost_usd is not None else []
+    out = [f"  {', '.join(parts)} (predicted)"]
+    out += [f"  {name}: {reason}" for name, reason in total.reasons.items()]
     print("\n".join(out), file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.plan import memory, time
+from dyno.plan.advice import memory_advice, time_advice
 from dyno.plan.corrections import corrected_memory, corrected_time, load
 from dyno.plan.machine import Machine, machine_of
 from dyno.recipe import Recipe, compose
@@ -65,6 +66,12 @@ class Plan:
     def step_s(self) -> float | None:
         return time.step_s(self.time_terms, self.bubble) if self.time_terms else None
 
+    @property
+    def advice(self) -> list[str]:
+        """What binds memory and time, and what would change it."""
+        out = [f"memory: {memory_advice(self.terms[self.phase])}"] if self.terms else []
+        return out + ([f"time: {time_advice(self.time_terms, time.DEVICE)}"] if self.time_terms else [])
+
     def verdict(self) -> tuple[str, str] | None:
         """(status, reason) when the recipe cannot run on the device, else None."""
         if self.reasons:
@@ -91,6 +98,7 @@ class Plan:
             "tokens_per_s": self.tokens_per_step / seconds if seconds else None,
             "flops_per_step": self.flops_per_step,
             "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
+            "advice": self.advice,
             "ceilings": self.machine.source if self.machine else None,
             "device": self.device.name,
         }

@@ -76,15 +76,15 @@ class Efficiency:
     units a rank at which products are half as good as they get."""
 
     products: Mapping[str, float]
-    elementwise: float = 6
-    eager: float = 2
-    overlap: float = 0.819
-    unfused: float = 37.3
-    wide: float = 104
+    elementwise: float = 6.0
+    eager: float = 2.0
+    overlap: float = 0.784
+    unfused: float = 36.6
+    wide: float = 138.0
 
 
 # Of a100 and h100 fitted; the others taken over from the nearest generation, unmeasured.
-DEFAULT = Efficiency({"v100": 0.693, "a100": 0.693, "h100": 0.598, "h200": 0.598, "b200": 0.598})
+DEFAULT = Efficiency({"v100": 0.706, "a100": 0.706, "h100": 0.621, "h200": 0.621, "b200": 0.621})
 
 
 def cluster_of(hardware: Mapping[str, Any], generation: str, dtype: str = "bf16") -> Cluster:
@@ -200,16 +200,20 @@ def time_terms(
     each = max(1, min(group, cluster.node // (layout.tp if layout.tp <= cluster.node else cluster.node)))
     nodes = math.ceil(group / each)
     links = (cluster.inside, cluster.between)
-    if layout.zero == 3:
-        half = half_s(nodes, each, 2 * mine, *links)
-        wire, window = count * 3 * half, busy
-    elif layout.zero >= 1:
-        wire = half_s(nodes, each, 4 * mine, *links) + half_s(nodes, each, 2 * mine, *links)
+    each_time = half_s(nodes, each, 2 * mine, *links)  # 16-bit weights; gradients are twice as wide
+    if layout.zero == 3:  # gathered in both passes of every micro-batch, which hides all but the edges
+        wire, window, last = count * 3 * each_time, busy, 3 * each_time
+    elif layout.zero == 2:
+        last = 3 * each_time
+        wire, window = count * 2 * each_time + each_time, busy
+    elif layout.zero == 1:
+        wire = last = 3 * each_time
         window = (per_micro + tensor) * 2 / 3 * min(count, layout.pp)
     else:
-        wire = hierarchical_s(nodes, each, 4 * mine, *links)
+        wire = last = hierarchical_s(nodes, each, 4 * mine, *links)
         window = (per_micro + tensor) * 2 / 3
-    data = max(wire - efficiency.overlap * window, (1 - efficiency.overlap) * wire) if group > 1 else 0.0
+    hidden = efficiency.overlap
+    data = max(wire - hidden * window, (1 - hidden) * last) if group > 1 else 0.0
     optimizer = 34 * mine / (group if layout.zero >= 1 else 1) / cluster.bytes_per_s
     return {
         "products": count * (layers * products / rate + head), "attention": count * layers * attention_s,

@@ -90,6 +90,7 @@ def summary(session: Session, stopped: str) -> dict[str, Any]:
             for e in front(session)
         ],
         "failures": failures(session),
+        "saved_by_plan": sum(not e.result["ran"] for e in session.tried().values()),
         "resume_command": settings.tune_command(),
     }
 
@@ -113,6 +114,8 @@ def text(session: Session, summary: dict[str, Any]) -> str:
     if summary["failures"]:
         counts = ", ".join(f"{count} {status}" for status, count in summary["failures"].items())
         lines.append(f"without a result: {counts}; `dyno table {summary['results_dir']}` shows the reasons")
+    if summary["saved_by_plan"]:
+        lines.append(f"the plan refused {summary['saved_by_plan']} recipes before a run: they cost no trial")
     lines.append(f"records: {summary['results_dir']}/runs   study: {summary['storage']}")
     if summary["stopped"] == "done":
         more = session.settings.tune_command(f"study.trials={2 * summary['trials_asked']}")

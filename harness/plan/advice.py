@@ -1,0 +1,46 @@
+"""What binds a plan and what would change it, in one sentence each."""
+
+from __future__ import annotations
+
+FOR_MEMORY = {
+    "logits": "a loss that does not hold all logits, or smaller micro-batches (accumulation)",
+    "activations": "checkpointing, or smaller micro-batches (accumulation)",
+    "recomputed inside": "shorter checkpointed segments, or smaller micro-batches (accumulation)",
+    "temporaries": "a fused attention kernel, or smaller micro-batches (accumulation)",
+    "cast weights": "weights held in 16 bits (precision)",
+    "optimizer": "sharding it over ranks (parallelism), a smaller state (optimizer) or offload",
+    "master": "sharding it over ranks (parallelism) or offload",
+    "gradients": "sharding them over ranks (parallelism), 16-bit gradients (precision) or offload",
+    "weights": "sharding them over ranks (parallelism), lower precision, or fewer parameters",
+    "unmodified model": "fewer evaluation tokens change nothing: the model beside it must fit too",
+    "kv cache": "fewer or shorter requests, fewer KV heads, or a narrower cache",
+    "extra": "fewer buffers of the chosen techniques",
+}
+FOR_TIME = {
+    "products": "lower precision, or less recomputation",
+    "head": "a smaller vocabulary, or lower precision",
+    "attention": "a faster attention kernel, or shorter sequences",
+    "scores": "a fused attention kernel: the score matrix goes through memory",
+    "elementwise": "compile: passes over memory that fuse",
+    "loss": "a fused loss, or compile",
+    "weights": "fewer micro-batches, or weights held in 16 bits: they are cast in each",
+    "optimizer": "larger batches: the optimizer's step costs the same for any",
+    "host": "larger micro-batches or compile: the host launches small kernels more slowly than the device ends them",
+    "fixed": "larger batches",
+    "wire": "more compute a rank, or a layout that sends less",
+    "offload": "larger batches, or less on the host",
+}
+
+
+def memory_advice(terms: dict[str, float]) -> str:
+    """The largest term of the binding phase and what would shrink it."""
+    name = max(terms, key=lambda term: terms[term])
+    return f"{name} are {terms[name] / sum(terms.values()):.0%} of it: {FOR_MEMORY[name]}"
+
+
+def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
+    """Device, host or link, whichever binds; on the device its largest term; and what would shrink it."""
+    busy = sum(terms[name] for name in device)
+    waits = max(("host", "offload", "wire"), key=lambda name: terms[name])
+    name = waits if terms[waits] > busy else max(device, key=lambda term: terms[term])
+    return f"{name} take {terms[name] / max(busy, terms[waits]):.0%} of it: {FOR_TIME[name]}"

@@ -1,0 +1,129 @@
+"""The best layouts of a model on so many GPUs: every split that divides, those that fit, the quickest first."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dyno.errors import UserError
+from dyno.plan.cluster import Cluster, Layout, cluster_of, fits, memory_terms, model_flops, time_terms
+from dyno.technique import Shape
+
+MOST_STAGES = 64
+WIRES = ("tensor wire", "context wire", "stage wire", "data wire", "bubble")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its predicted step, memory and share of the peak (model FLOPs, causal attention counted once)."""
+
+    layout: Layout
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    mfu: float
+    tokens_per_s: float
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    def why(self) -> str:
+        """What costs it most beside the products, and what fills its memory."""
+        lost = max(WIRES, key=lambda name: self.seconds[name])
+        full = max(self.bytes, key=lambda name: self.bytes[name])
+        return f"{lost} {self.seconds[lost] / self.step_s:.0%} of the step; {full} {self.bytes[full] / 2**30:.0f} GiB"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": vars(self.layout), "step_time_s": self.step_s, "time_terms_s": self.seconds,
+            "memory_bytes": self.memory_bytes, "terms_bytes": self.bytes, "mfu": self.mfu,
+            "tokens_per_s": self.tokens_per_s,
+        }  # fmt: skip
+
+
+def divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
+    """Every layout of exactly `gpus` GPUs whose parts divide: heads by tp, tp inside a node, layers by stages."""
+    tensors = [t for t in divisors(node, gpus) if shape.heads % t == 0 and shape.kv_heads % t == 0]
+    stages = [p for p in range(1, min(shape.layers, MOST_STAGES, gpus) + 1) if gpus % p == 0]
+    contexts = [c for c in (1, 2, 4, 8, 16) if shape.seq % (2 * c) == 0 and shape.seq // c >= 2048 or c == 1]
+    for tp, pp, cp in itertools.product(tensors, stages, contexts):
+        if gpus % (tp * pp * cp) or (pp > 1 and shape.layers % pp and shape.layers // pp < 4):
+            continue
+        dp = gpus // (tp * pp * cp)
+        for micro, recompute in itertools.product((1, 2, 4, 8), ("none", "full")):
+            if shape.batch % (dp * micro):
+                continue
+            count = shape.batch // (dp * micro)
+            if count < pp:
+                continue
+            virtuals = (
+                [1]
+                if pp == 1
+                else [v for v in (1, 2, 4, 8) if v == 1 or (shape.layers % (pp * v) == 0 and count % pp == 0)]
+            )
+            zeros = (1,) if dp * cp == 1 else (1, 2, 3) if pp == 1 else (1, 2)
+            for virtual, zero in itertools.product(virtuals, zeros):
+                yield Layout(dp, tp, pp, cp, zero, micro, virtual, recompute)
+
+
+def search(shape: Shape, gpus: int, cluster: Cluster, best: int = 5) -> tuple[list[Candidate], int, int]:
+    """(the best candidates, layouts looked at, those that fit). Alike layouts are told apart by dp, tp, pp and cp."""
+    found: dict[tuple[int, ...], Candidate] = {}
+    looked = fitting = 0
+    flops = model_flops(shape)
+    for layout in layouts(shape, gpus, cluster.node):
+        looked += 1
+        if not fits(shape, layout, cluster):
+            continue
+        fitting += 1
+        seconds = time_terms(shape, layout, cluster)
+        step = sum(seconds.values())
+        key = (layout.dp, layout.tp, layout.pp, layout.cp)
+        if key in found and found[key].step_s <= step:
+            continue
+        found[key] = Candidate(
+            layout, seconds, memory_terms(shape, layout), flops / (step * gpus * cluster.flop_per_s),
+            shape.batch * shape.seq / step,
+        )  # fmt: skip
+    return sorted(found.values(), key=lambda c: c.step_s)[:best], looked, fitting
+
+
+def parse(text: str) -> int:
+    """'gpus=1024' -> 1024."""
+    match = re.fullmatch(r"(?:gpus=)?(\d+)", text.strip())
+    if not match or int(match.group(1)) < 1:
+        raise UserError(f"--search {text}: write --search gpus=1024")
+    return int(match.group(1))
+
+
+def best_layouts(shape: Shape, gpus: int, hardware: Mapping[str, Any], option: str) -> tuple[list[Candidate], int, int]:
+    """Search on the cluster that a hardware option states.
+
+    Raises:
+        UserError: the hardware states no cluster, the batch cannot be split so, or nothing fits.
+    """
+    stated = hardware.get("resolved_from") or option
+    dtype = "bf16" if (hardware.get("peak_flop_per_s") or {}).get("bf16") else "fp16"
+    cluster = cluster_of(hardware, stated if stated in ("v100", "a100", "h100", "h200", "b200") else "h100", dtype)
+    candidates, looked, fitting = search(shape, gpus, cluster)
+    if not looked:
+        raise UserError(
+            f"no layout splits workload.batch={shape.batch} sequences over {gpus} GPUs: a batch with more divisors, such "
+            f"as workload.batch={gpus * max(1, 2**22 // (gpus * shape.seq))}"
+        )
+    if not fitting:
+        raise UserError(
+            f"none of {looked} layouts fits: {gpus} GPUs of {cluster.memory_bytes / 2**30:.0f} GiB are too few"
+        )
+    return candidates, looked, fitting

@@ -1,0 +1,215 @@
+"""Plans past this machine: collectives, layouts, search, budgets, elastic jobs and remote memory against closed forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dyno import cli
+from dyno.errors import UserError
+from dyno.measure.hardware import options
+from dyno.plan import shape_of
+from dyno.plan.budget import budget
+from dyno.plan.cluster import Layout, cluster_of, fits, in_flight, memory_terms, model_flops, time_terms
+from dyno.plan.elastic import Elastic, daly_interval_s, remote_step_s, useful_share, young_interval_s
+from dyno.plan.links import Link, flat_s, half_s, hierarchical_s, ring_half_s, ring_s, tree_s
+from dyno.plan.search import layouts, parse, search
+from dyno.recipe import compose
+
+FAST, SLOW = Link(450e9, 2e-6), Link(50e9, 5e-6)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shape():
+    return shape_of(compose(["model=70b", "workload.batch=512", "workload.seq=4096"]))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    return cluster_of(options()["h100"], "h100")
+
+
+def test_collectives_are_their_closed_forms():
+    assert ring_s(8, 8e9, Link(1e11, 0.0)) == pytest.approx(2 * 7 / 8 * 8e9 / 1e11)
+    assert ring_half_s(4, 4e6, Link(1e9, 1e-3)) == pytest.approx(3 * (1e-3 + 1e6 / 1e9))
+    assert tree_s(1024, 0.0, Link(1e9, 1e-6)) == pytest.approx(20e-6)
+    assert ring_s(1, 1e9, FAST) == tree_s(1, 1e9, FAST) == ring_half_s(1, 1e9, FAST) == 0.0
+    assert tree_s(1024, 8.0, SLOW) < ring_s(1024, 8.0, SLOW) and ring_s(4, 1e9, SLOW) < tree_s(4, 1e9, SLOW)
+
+
+def test_inside_the_node_first_is_quicker_than_one_ring_through_all():
+    """For large buffers by almost the GPUs of a node; inside one node it is the same ring."""
+    whole, layered = flat_s(16, 8, 4e9, FAST, SLOW), hierarchical_s(16, 8, 4e9, FAST, SLOW)
+    assert 4 < whole / layered < 8
+    assert hierarchical_s(1, 8, 4e9, FAST, SLOW) == pytest.approx(flat_s(1, 8, 4e9, FAST, SLOW))
+    assert 2 * half_s(16, 8, 4e9, FAST, SLOW) == pytest.approx(2 * ring_half_s(8, 4e9, FAST) + ring_s(16, 5e8, SLOW))
+
+
+def test_memory_shards_as_zero_says(shape):
+    by_zero = [memory_terms(shape, Layout(dp=8, zero=zero)) for zero in range(4)]
+    whole = 2.0 * shape.parameters
+    assert by_zero[0]["weights"] == pytest.approx(whole, rel=1e-3)
+    assert by_zero[0]["optimizer"] == pytest.approx(8 * by_zero[1]["optimizer"]) == pytest.approx(6 * whole, rel=1e-3)
+    assert by_zero[1]["gradients"] == pytest.approx(8 * by_zero[2]["gradients"])
+    assert by_zero[3]["weights"] < by_zero[2]["weights"] / 6
+    totals = [sum(terms.values()) for terms in by_zero]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_micro_batches_in_flight():
+    assert in_flight(Layout(pp=4), 16) == 4 and in_flight(Layout(pp=4), 2) == 2 and in_flight(Layout(), 9) == 1
+    assert in_flight(Layout(pp=4, virtual=2), 16) == pytest.approx(4 * (1 + 3 / 8))
+
+
+def test_the_bubble_is_its_formula(shape, cluster):
+    """(p - 1) / m of the busy time, and 1 / v of that when interleaved."""
+    base = Layout(dp=8, tp=8, pp=8)
+    count = shape.batch // 8
+    terms = time_terms(shape, base, cluster)
+    busy = sum(terms[n] for n in ("products", "attention", "elementwise", "tensor wire", "stage wire"))
+    assert terms["bubble"] == pytest.approx(7 / count * busy)
+    halved = time_terms(shape, dataclasses.replace(base, virtual=2), cluster)
+    assert halved["bubble"] == pytest.approx(terms["bubble"] / 2, rel=0.02)
+
+
+def test_products_are_the_model_s_flops(shape, cluster):
+    """At one GPU's rate, causal attention apart; recomputation adds a third."""
+    layout = Layout(dp=1, micro=1)
+    terms = time_terms(shape, layout, cluster)
+    full = time_terms(shape, dataclasses.replace(layout, recompute="full"), cluster)
+    linear = 6 * shape.linear_parameters * shape.batch * shape.seq
+    assert model_flops(shape) == pytest.approx(linear * 1.06, rel=0.03)
+    rate = linear / terms["products"]
+    assert 0.5 * cluster.flop_per_s < rate < 0.7 * cluster.flop_per_s
+    assert full["products"] / terms["products"] == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_every_layout_divides_and_uses_all_gpus(shape):
+    found = list(layouts(shape, 64, 8))
+    assert len(found) == len(set(found)) > 200
+    for x in random.Random(0).sample(found, 100):
+        assert x.gpus == 64 and shape.heads % x.tp == shape.kv_heads % x.tp == 0 and x.tp <= 8
+        assert shape.batch % (x.dp * x.micro) == 0 and shape.batch // (x.dp * x.micro) >= x.pp
+
+
+def test_search_finds_the_best_of_all(shape, cluster):
+    best, looked, fitting = search(shape, 64, cluster)
+    all_fitting = [x for x in layouts(shape, 64, 8) if fits(shape, x, cluster)]
+    assert len(all_fitting) == fitting <= looked
+    assert best[0].step_s == pytest.approx(min(sum(time_terms(shape, x, cluster).values()) for x in all_fitting))
+    assert [c.step_s for c in best] == sorted(c.step_s for c in best)
+    assert all(c.memory_bytes < cluster.memory_bytes and 0.2 < c.mfu < 0.7 for c in best)
+    tight = dataclasses.replace(cluster, memory_bytes=20e9)
+    assert search(shape, 64, tight) == ([], looked, 0)
+
+
+def test_search_on_the_command_line(capsys):
+    words = ["plan", "model=1t", "hardware=h100", "workload.batch=3072", "workload.seq=2048"]
+    assert cli.main([*words, "--search", "gpus=1024", "--tokens", "1e12"]) == 0
+    shown = capsys.readouterr()
+    out = json.loads(shown.out.strip().splitlines()[-1])
+    best = out["best"][0]
+    assert best["overrides"][0] == "parallelism=mesh" and f"parallelism.tp={best['layout']['tp']}" in best["overrides"]
+    assert out["budget"]["gpus"] == 1024 and out["budget"]["hours"] == pytest.approx(1e12 / best["tokens_per_s"] / 3600)
+    assert "GiB" in shown.err
+    for wrong, line in (
+        ("none of", [*words, "--search", "gpus=4"]),
+        ("no layout splits", [*words[:3], "workload.batch=7", "--search", "64"]),
+        ("write --search gpus=", [*words, "--search", "many"]),
+        ("hardware.node", ["plan", "model=8b", "hardware=cpu", "--search", "8"]),
+    ):
+        assert cli.main(line) == 2
+        assert wrong in capsys.readouterr().err
+    with pytest.raises(UserError):
+        parse("gpus=0")
+
+
+def test_a_budget_is_arithmetic_and_what_is_not_stated_is_empty():
+    hardware = {
+        "power_limit_w": 500, "pue": {"value": 1.2}, "grid_gco2_per_kwh": {"value": 400},
+        "price_usd_per_hour": {"value": 2.0}, "price_includes_energy": False, "kwh_price_usd": {"value": 0.1},
+    }  # fmt: skip
+    total = budget(3.6e9, 1e4, 8, hardware)
+    assert total.hours == pytest.approx(100)
+    assert total.energy_kwh == pytest.approx(8 * 0.5 * 0.9 * 1.2 * 100) and total.carbon_kg == total.energy_kwh * 0.4
+    assert total.cost_usd == pytest.approx(1600 + 0.1 * total.energy_kwh)
+    bare = budget(3.6e9, 1e4, 8, {**hardware, "power_limit_w": None, "price_usd_per_hour": None})
+    assert bare.energy_kwh is bare.carbon_kg is bare.cost_usd is None
+    assert set(bare.reasons) == {"energy_kwh", "carbon_kg", "cost_usd"}
+
+
+def test_checkpoint_intervals_are_near_the_best():
+    """Daly's interval against the maximum of the exact share, and Young's as its first order."""
+    for checkpoint, mean in ((60.0, 36000.0), (300.0, 7200.0), (5.0, 1e6)):
+        about = young_interval_s(checkpoint, mean)
+        shares = {t: useful_share(t, checkpoint, 0.0, mean) for t in (about * x / 1000 for x in range(300, 2000))}
+        best = max(shares, key=lambda t: shares[t])
+        assert daly_interval_s(checkpoint, mean) == pytest.approx(best, rel=0.02)
+        assert useful_share(young_interval_s(checkpoint, mean), checkpoint, 0.0, mean) <= max(shares.values()) + 1e-12
+    assert daly_interval_s(100.0, 40.0) == 40.0
+    assert young_interval_s(1.0, 1e8) == pytest.approx(daly_interval_s(1.0, 1e8), rel=1e-3)
+
+
+def test_the_useful_share_is_that_of_a_simulation():
+    rng, mean, interval, checkpoint, restart = random.Random(3), 5000.0, 700.0, 60.0, 120.0
+    wall, segments = 0.0, 20000
+    for _ in range(segments):
+        need = interval + checkpoint
+        while (life := rng.expovariate(1 / mean)) < need:
+            wall += life
+            need = restart + interval + checkpoint  # a failure during the restart starts it again
+        wall += need
+    simulated = segments * interval / wall
+    assert useful_share(interval, checkpoint, restart, mean) == pytest.approx(simulated, rel=0.02)
+
+
+def test_an_elastic_job_loses_repairs_and_rollbacks():
+    job = Elastic(nodes=128, failures_per_node_year=2.0, repair_s=86400.0, checkpoint_s=60.0, restart_s=300.0)
+    assert job.mean_between_failures_s == pytest.approx(365.25 * 86400 / 256)
+    assert job.available_nodes == pytest.approx(128 * 182.625 / 183.625)
+    assert 0.9 < job.throughput_share() < job.available_nodes / 128
+    worse = dataclasses.replace(job, failures_per_node_year=20.0)
+    assert worse.throughput_share() < job.throughput_share()
+
+
+def test_remote_memory_costs_what_does_not_hide():
+    tier = Link(10e9, 1e-5)
+    assert remote_step_s(1.0, 80e9, 70e9, 4, tier, 0.5) == 1.0
+    assert remote_step_s(1.0, 80e9, 90e9, 1, tier, 1.0) == pytest.approx(1.0, abs=1e-4)
+    assert remote_step_s(1.0, 80e9, 100e9, 2, tier, 0.5) == pytest.approx(1.0 + 4.0 + 2e-5 - 0.5)
+
+
+def test_published_runs_are_met():
+    """Every published run within 20%, half of them within 10%; and no size that contradicts its model's name."""
+    path = ROOT / "benchmarks" / "published_runs.py"
+    spec = importlib.util.spec_from_file_location("published_runs", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    data = yaml.safe_load(path.with_suffix(".yaml").read_text())
+    errors = []
+    for run in data["runs"]:
+        terms, seconds, _ = module.predicted(run, data, module.DEFAULT)
+        errors.append(abs(seconds / sum(terms.values()) - 1))
+        number, unit = run["model"].split("_")[1][:-1], run["model"][-1]
+        size = float(number) * {"b": 1e9, "t": 1e12}[unit]
+        assert module.shape_of(run, data["models"]).parameters == pytest.approx(size, rel=0.06)
+    assert len(errors) >= 15 and statistics.median(errors) < 0.1 and max(errors) < 0.2
+
+
+def test_hardware_that_states_a_cluster_states_its_source():
+    for name, option in options().items():
+        for key in ("node", "network"):
+            if option.get(key):
+                assert option[key]["source"] and option[key]["date"] and option[key]["byte_per_s"] > 1e9, name
+    assert {"v100", "a100", "h100", "h200", "b200"} <= set(options())
+    assert math.isclose(options()["b200"]["peak_flop_per_s"]["bf16"], 2.25e15)
