@@ -145,8 +145,11 @@ def run(rank: Rank) -> None:
         os.dup2(nothing.fileno(), 0)  # in the place of the keeper's link
     os.environ.clear()
     os.environ.update(rank.environment, **{FORKED: "1"})
-    if "numpy" in sys.modules:  # it seeds itself with its import; `random` does with the fork
+    # Python's `random` seeds itself anew after a fork; these do it with their import, which all ranks have in common.
+    if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     _, _, module, *arguments = rank.command
     sys.argv[:] = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
