@@ -73,7 +73,6 @@ def test_forked_is_as_started_and_the_server_stays_clean(probe, server):
         assert (run["argv"], run["rank"], run["bad_fork"]) == (["a word"], "0", False)
     assert not set(forked[0]["drawn"]) & set(forked[1]["drawn"])
     assert len(os.listdir(f"/proc/{server.process.pid}/task")) == 1
-    assert not any("nvidia" in os.readlink(file) for file in Path(f"/proc/{server.process.pid}/fd").iterdir())
 
 
 def test_an_environment_of_its_own_reaches_what_is_read_at_import(probe, server):
@@ -149,3 +148,18 @@ def test_forked_from_the_second_run_on(tmp_path, monkeypatch):
     assert [m["status"] for m in made] == ["ok", "ok"], [m["reason"] for m in made]
     assert [m["environment"]["birth"].split(",")[0] for m in made] == ["started", "forked"]
     assert made[0]["metrics"]["validation_loss"]["value"] == made[1]["metrics"]["validation_loss"]["value"]
+
+
+@pytest.mark.gpu
+def test_forked_workers_have_the_gpu_and_the_server_has_not(tmp_path, monkeypatch):
+    (tmp_path / "cuda.py").write_text("import torch; print(torch.ones(7, device='cuda').sum().item())")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    server, lines = ForkServer(runner.SERVER.modules), []
+    try:
+        for _ in range(2):
+            command = [sys.executable, "-m", "cuda"]
+            processes.run_group(command, 1, dict(os.environ), tmp_path / "log", 200, lines.append, server=server)
+        assert server.process is not None and lines == ["7.0", "7.0"]
+        assert not any("nvidia" in os.readlink(file) for file in Path(f"/proc/{server.process.pid}/fd").iterdir())
+    finally:
+        server.close()
