@@ -91,9 +91,11 @@ _made: dict[tuple[str, ...], dict[str, Any]] = {}
 def main() -> int:
     """`study_bench.py OVERRIDE...` tunes; `study_bench.py --worker` is a worker process of a study."""
     from dyno import study
-    from dyno.study import worker
+    from dyno.study import locks, worker
 
     runner.run = run
+    if "MACHINE" in os.environ:
+        locks.machine_id = lambda: os.environ["MACHINE"]
     if sys.argv[1:] == ["--worker"]:
         return worker.main()
     try:

@@ -59,7 +59,7 @@ class Owner:
         if mark["file"] == self.mark["file"]:
             return False
         path = Path(mark["file"])
-        if not path.exists():  # on another machine that shares the storage but no disk, nobody can tell
+        if not path.exists():  # on a machine that shares no disk with us: its heartbeat tells, not we
             return mark["machine"] != self.mark["machine"]
         probe = FileLock(path)
         if not probe.acquire(wait=False):

@@ -25,6 +25,10 @@ class Failed(Exception):
     """A trial that ended without values."""
 
 
+class Taken(BaseException):
+    """Another machine took this worker for dead and failed its trial. No Exception, which Optuna would want to tell."""
+
+
 class Loop:
     """Trials one after another on one device.
 
@@ -59,7 +63,10 @@ class Loop:
                     if why is not None:
                         return why
                     session.queue_next(self.barren)
-                    session.study.optimize(self.objective, n_trials=1, catch=(Failed,))
+                    try:
+                        session.study.optimize(self.objective, n_trials=1, catch=(Failed,))
+                    except Taken:
+                        self.say("a trial was taken for broken off while it ran: its record is kept, the study goes on")
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
@@ -93,6 +100,8 @@ class Loop:
 
     def objective(self, trial: Any) -> list[float]:
         """One trial, for study.optimize. Enters with the gate held and opens it once the recipe is claimed."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         session = self.session
         trial.set_user_attr("owner", session.owner.mark)
         words = session.settings.trial_overrides(session.settings.space.suggest(trial))
@@ -116,7 +125,10 @@ class Loop:
             result = _unmeasured("repeat", "another worker is at this recipe") | {"repeat": True}
         else:
             result = self.result(recipe) if recipe is not None else _unmeasured("unsupported", why)
-        trial.set_user_attr("result", result)
+        try:
+            trial.set_user_attr("result", result)
+        except UpdateFinishedTrialError:
+            raise Taken from None
         fresh = not result.get("repeat")
         self.barren = 0 if fresh and result["ran"] else self.barren + 1
         verdict = session.judge(result)

@@ -1,7 +1,8 @@
 """A study under way: its trials as results, what a killed worker left, and what is to be tried next.
 
 Every decision about trials is made while holding the study's gate, a lock that dies with its holder. So a trial that is
-marked as running, without a living owner, was broken off, whenever that was.
+marked as running, without a living owner, was broken off, whenever that was. Whether an owner on another machine lives,
+the storage tells (see `storage.py`).
 """
 
 from __future__ import annotations
@@ -171,6 +172,8 @@ class Session:
         """
         import optuna
 
+        running = {t.number for t in self.trials() if t.state.name == "RUNNING"}
+        optuna.storages.fail_stale_trials(self.study)  # other machines'; nothing where the storage has no heartbeat
         failed, lost, sound = [], [], []
         for t in self.trials():
             if t.state.name == "RUNNING" and not self._is_alive(t):
@@ -187,7 +190,7 @@ class Session:
                 self.study.enqueue_trial(dict(t.system_attrs.get("fixed_params") or t.params))
         for t in lost:
             self.study.tell(t.number, state=optuna.trial.TrialState.FAIL)
-        return len(lost)
+        return len(lost) + sum(t.number in running for t in failed)
 
     def _point(self, trial: Any) -> frozenset[tuple[str, Any]]:
         """Where in the space a trial lies; empty while that is not decided."""

@@ -1,8 +1,15 @@
-"""Where a study's trials are kept: a journal file by default, any Optuna storage URL otherwise."""
+"""Where a study's trials are kept: a journal file by default, any Optuna storage URL otherwise.
+
+Machines that share a database but no disk cannot see each other's locks. There a running trial has a sign of life in the
+database, by its clock (Optuna's heartbeat), and one that was silent for SILENT_S is taken for broken off. So a trial that
+was lost with another machine comes back after minutes, when some worker next looks; and a worker whose machine slept, or
+lost the database, for so long has lost its trial, whose recipe another one may then run as well.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +19,8 @@ from dyno.study.locks import FileLock
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+
+HEARTBEAT_S, SILENT_S = 60, 300
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,14 @@ class Place:
             raise UserError(f"study.storage {self.text} cannot be opened: {error}") from error
 
     def _open_url(self) -> BaseStorage:
-        from optuna.storages import get_storage
+        from optuna.exceptions import ExperimentalWarning
+        from optuna.storages import RDBStorage
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
-            return get_storage(self.text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return RDBStorage(self.text, heartbeat_interval=HEARTBEAT_S, grace_period=SILENT_S)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise UserError(f"study.storage {self.text} cannot be opened: {str(error).splitlines()[0]}") from error
 
