@@ -213,6 +213,32 @@ def test_fp16_takes_the_steps_that_do_not_overflow(tmp_path):
     assert whole.norm() == pytest.approx(wanted.norm().item(), rel=0.02)  # unscaled before clipping
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_one_overflow_among_micro_batches_skips_the_step_once(bad, tmp_path):
+    """The second of four backward passes overflows in the second of three steps: that step is lost, the others not."""
+    run = prepared(tmp_path, "precision=fp16", "precision.initial_scale=256", "accumulation=gradients",
+                   "accumulation.micro_batches=4", "workload.batch=8")  # fmt: skip
+    passes = 0
+
+    def overflow(grad):
+        nonlocal passes
+        passes += 1
+        return torch.full_like(grad, bad) if passes == 4 + 2 else grad
+
+    run.model.blocks[0].mlp.up_proj.weight.register_hook(overflow)
+    trainer = train.Trainer(run, STREAM, WORKLOAD, seed=0)
+    seen = []
+    for _ in range(3):
+        before = [p.detach().clone() for p in run.model.parameters()]
+        trainer.step()
+        kept = all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+        seen.append((trainer.skipped, kept, run.part("scaler").get_scale()))
+    assert passes == 12
+    assert seen == [(0, False, 256.0), (1, True, 128.0), (1, False, 128.0)]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert trainer.finite_loss() > 0 and trainer.steps == 3
+
+
 def device(kind, capability=None):
     return SimpleNamespace(kind=kind, capability=capability, name="a GPU", count=1)
 
