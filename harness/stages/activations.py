@@ -22,20 +22,22 @@ SEEN = 0.9  # of the forward pass's products, for a count to be believed
 
 
 class Watch(TorchDispatchMode):
-    """FLOPs of every operation by kind, and the storages that it made; compiled code runs as it would without it."""
+    """FLOPs of every operation by kind, and the storages that were seen; compiled code runs as it would without it."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.made: dict[int, StorageWeakRef] = {}
 
     @classmethod
     def is_infra_mode(cls) -> bool:
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if set(types) - {Tensor, torch.nn.Parameter}:  # a subclass: a sharded tensor first tells its own operations
+            return NotImplemented
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "_overloadpacket", func)
         name = packet.__name__
@@ -47,13 +49,17 @@ class Watch(TorchDispatchMode):
             self.flops[kind] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.saw(tensor)
         return out
 
+    def saw(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.made[storage._cdata] = StorageWeakRef(storage)
+
     def alive(self) -> dict[int, int]:
-        """Storages made here that are still held: address -> bytes."""
-        return {key: size for key, (reference, size) in self.made.items() if not reference.expired()}
+        """Storages seen here that are still held: address -> bytes now, which a layout may have let go."""
+        found = {key: torch.UntypedStorage._new_with_weak_ptr(weak.cdata) for key, weak in self.made.items()}
+        return {key: storage.nbytes() for key, storage in found.items() if storage is not None}
 
 
 class FirstForward:
@@ -79,16 +85,14 @@ class FirstForward:
             return loss
         assert self.run.model is not None
         ours = {p.untyped_storage()._cdata for p in self.run.model.parameters()}
-        saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            self.watch.saw(tensor)  # what compiled code saves was made out of sight
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = self.loss(forward, tokens, targets)
-        held = saved | self.watch.alive()
-        self.bytes = sum(size for key, size in held.items() if key not in ours)
+        self.bytes = sum(size for key, size in self.watch.alive().items() if key not in ours)
         return loss
 
 

@@ -1,0 +1,77 @@
+"""Every way of checkpointing on one model shape: what it keeps, what it computes twice, what a step takes.
+
+    python benchmarks/checkpointing.py --seconds 100
+    python benchmarks/checkpointing.py --model nano --batch 4 --seq 128 --only none uniform
+
+Each variant is an ordinary run in a process of its own with a short window. Prints one JSON line a variant, as it ends;
+what the time does not reach is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+VARIANTS: dict[str, list[str]] = {
+    "none": ["checkpointing=none"],
+    "uniform": ["checkpointing=uniform"],
+    "selective": ["checkpointing=selective"],
+    "optimal 0.5": ["checkpointing=optimal", "checkpointing.budget=0.5"],
+    "sqrt": ["checkpointing=sqrt"],
+    "fibonacci": ["checkpointing=fibonacci"],
+    "none, compiled": ["checkpointing=none", "compile=on"],
+    "budget 0.5, compiled": ["checkpointing=budget", "checkpointing.budget=0.5", "compile=on"],
+    "optimal 0.25": ["checkpointing=optimal", "checkpointing.budget=0.25"],
+    "optimal 0.1": ["checkpointing=optimal", "checkpointing.budget=0.1"],
+    "selective, compiled": ["checkpointing=selective", "compile=on"],
+    "uniform, compiled": ["checkpointing=uniform", "compile=on"],
+    "activations on the host": ["offload=activations"],
+}
+SHORT = [
+    "measure=quick", "measure.min_steps=8", "measure.max_steps=8", "measure.min_seconds=0", "measure.warmup_min_steps=2",
+    "measure.warmup_max_steps=4", "workload=train", "workload.steps=0", "workload.eval_tokens=0", "workload.lr=1e-5",
+]  # fmt: skip
+SHOWN = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "activation_bytes", "recomputed_flops", "compile_time_s")
+
+
+def measure(name: str, overrides: list[str], results: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "dyno.cli", "run", *SHORT, *overrides, f"results_dir={results}"]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    row: dict[str, Any] = {"variant": name, "wall_s": round(time.perf_counter() - start, 1)}
+    try:
+        record = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {**row, "error": done.stderr.strip()[-500:]}
+    metrics = record["metrics"]
+    row |= {n: metrics[n]["value"] if n in metrics else None for n in SHOWN}
+    return {**row, "status": record["status"], "reason": record["reason"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="1b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--seconds", type=float, default=100.0, help="start no variant after so long")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    given = parser.parse_args()
+    shape = [f"model={given.model}", f"workload.batch={given.batch}", f"workload.seq={given.seq}",
+             f"precision={given.precision}"]  # fmt: skip
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as results:
+        for name in given.only:
+            if time.perf_counter() - start > given.seconds:
+                print(json.dumps({"variant": name, "skipped": f"{given.seconds:.0f} s are over"}), flush=True)
+                continue
+            print(json.dumps(measure(name, [*shape, *VARIANTS[name]], results)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
