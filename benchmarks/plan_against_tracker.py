@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections import defaultdict
 
 from dyno.measure.environment import Device
@@ -52,12 +53,15 @@ def error(overrides: list[str]) -> tuple[float, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no trace starts later than this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=float, default=0.05, help="show recipes whose error is larger")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
+    rng, started = random.Random(arguments.seed), time.monotonic()
     groups: dict[str, list[float]] = defaultdict(list)
     for _ in range(arguments.recipes):
+        if time.monotonic() - started > arguments.seconds:
+            break
         overrides = draw(rng)
         off, phase = error(overrides)
         if abs(off) > arguments.show:

@@ -41,13 +41,13 @@ AXES: dict[str, dict[str, float]] = {
 }
 GPU_SIZES: dict[str, list[int]] = {
     "layers": [2, 4, 6, 8, 12, 16, 20], "hidden": [512, 768, 1024, 1536, 2048, 2560], "head_dim": [64, 128],
-    "vocab_size": [8192, 32000, 50304, 128256], "batch": [4, 8, 16, 32], "seq": [256, 512, 1024, 2048, 4096],
+    "vocab_size": [8192, 32000, 50304, 128256], "batch": [4, 8, 16, 32, 64, 128], "seq": [256, 512, 1024, 2048, 4096],
 }  # fmt: skip
 CPU_SIZES: dict[str, list[int]] = {
     "layers": [1, 2, 3, 4], "hidden": [64, 128, 192], "head_dim": [16, 32], "vocab_size": [512, 2048, 8192],
     "batch": [4, 8], "seq": [32, 64, 128],
 }  # fmt: skip
-MOST_FLOPS = {"cuda": 6e14, "cpu": 2e11}  # of a step, so that a run costs seconds
+MOST_FLOPS = {"cuda": 1e14, "cpu": 2e11}  # of a step, so that a run costs seconds; fp32 is eight times slower
 
 
 def draw(seed: int, index: int, kind: str) -> list[str]:
@@ -55,6 +55,14 @@ def draw(seed: int, index: int, kind: str) -> list[str]:
     rng = random.Random(f"{seed}/{index}")
     sizes = GPU_SIZES if kind == "cuda" else CPU_SIZES
     there = groups()
+    chosen = {}
+    for axis, options in AXES.items():
+        known = {name: weight for name, weight in options.items() if name in there.get(axis, [])}
+        if known:
+            chosen[axis] = rng.choices(list(known), list(known.values()))[0]
+    if kind == "cpu":
+        chosen |= {"compile": "off", "attention": rng.choice(["math", "sdpa"]), "precision": "fp32"}
+    most = MOST_FLOPS[kind] / (8 if kind == "cuda" and chosen["precision"] == "fp32" else 1)
     while True:
         size = {name: rng.choice(values) for name, values in sizes.items()}
         heads = size["hidden"] // size["head_dim"]
@@ -63,15 +71,8 @@ def draw(seed: int, index: int, kind: str) -> list[str]:
         weights = (
             size["layers"] * (4 * size["hidden"] ** 2 + 3 * size["hidden"] * ffn) + size["vocab_size"] * size["hidden"]
         )
-        if 6 * weights * size["batch"] * size["seq"] < MOST_FLOPS[kind]:
+        if 6 * weights * size["batch"] * size["seq"] < most:
             break
-    chosen = {}
-    for axis, options in AXES.items():
-        known = {name: weight for name, weight in options.items() if name in there.get(axis, [])}
-        if known:
-            chosen[axis] = rng.choices(list(known), list(known.values()))[0]
-    if kind == "cpu":
-        chosen |= {"compile": "off", "attention": rng.choice(["math", "sdpa"]), "precision": "fp32"}
     tied = rng.choice(["true", "false"])
     per_block = ["compile.per_block=true"] if chosen.get("compile") == "on" and rng.random() < 0.5 else []
     return [

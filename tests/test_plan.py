@@ -8,8 +8,9 @@ import pytest
 
 from dyno import cli
 from dyno.measure.environment import Device
-from dyno.plan import predict, reasons, shape_of
+from dyno.plan import predict, reasons, shape_of, time
 from dyno.recipe import compose
+from dyno.technique import Footprint, combined
 
 CPU = Device("cpu", 0, "a processor", 64 * 2**30, None, None, 1)
 GPU = Device("cuda", 0, "a card", 80 * 2**30, (9, 0), None, 1)
@@ -101,3 +102,48 @@ def test_reasons_name_axis_and_option():
 def test_a_workload_without_a_model_needs_no_shape():
     plan = predict(compose(["workload=data"]), CPU)
     assert plan.shape is None and plan.verdict() is None and plan.to_json()["peak_memory_bytes"] is None
+
+
+def test_a_large_model_s_state_is_the_arithmetic_everybody_quotes():
+    """175B weights in fp32 are 700 GB, gradients as much, Adam's state 1.4 TB; with activations over 3 TB."""
+    terms = predict(compose(["model=175b", "workload.seq=2048", "attention=sdpa"]), GPU).terms["backward end"]
+    assert terms["weights"] == pytest.approx(700e9, rel=0.01) and terms["optimizer"] == pytest.approx(1.4e12, rel=0.01)
+    plan = predict(compose(["model=175b", "workload.seq=2048", "attention=sdpa"]), GPU)
+    assert plan.peak_memory_bytes > 3e12 and plan.phase in ("loss", "backward start")
+
+
+def test_the_step_takes_the_slower_of_device_and_host():
+    hardware = "hardware=h100"
+    small = predict(compose(["model=nano", "precision=bf16", hardware]), GPU)
+    large = predict(compose(["model=1b", "precision=bf16", "workload.seq=2048", hardware]), GPU)
+    assert small.time_terms["host"] > sum(small.time_terms[n] for n in time.DEVICE)
+    assert small.step_s == pytest.approx(small.time_terms["host"] + small.time_terms["fixed"])
+    assert "host" in small.advice[1] and "host" not in large.advice[1]
+    assert large.step_s > sum(large.time_terms[n] for n in time.DEVICE)
+    compiled = predict(compose(["model=1b", "precision=bf16", "workload.seq=2048", "compile=on", hardware]), GPU)
+    assert compiled.time_terms["elementwise"] < 0.6 * large.time_terms["elementwise"]
+    assert compiled.peak_memory_bytes < 0.8 * large.peak_memory_bytes
+
+
+def test_time_is_empty_where_no_ceiling_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNO_HOME", str(tmp_path))
+    plan = predict(compose(["model=nano", "hardware=cpu"]), CPU)
+    assert plan.step_s is None and plan.to_json()["step_time_s"] is None and plan.to_json()["ceilings"] is None
+    folder = tmp_path / "ceilings"
+    folder.mkdir()
+    found = {"device": "cpu", "matrix_flop_per_s": {"fp32": 1e11}, "copy_byte_per_s": 1e10, "created": "2026-01-01"}
+    (folder / "a.json").write_text(json.dumps(found))
+    (folder / "b.json").write_text("{")
+    plan = predict(compose(["model=nano", "hardware=cpu"]), CPU)
+    assert plan.step_s is not None and plan.step_s > 0 and "measured" in plan.to_json()["ceilings"]
+
+
+def test_shares_combine_as_their_defaults_say():
+    both = combined([
+        Footprint(activation_width=2.0, batch_factor=0.5, extra_bytes=3.0, fused=True, matmul_dtype="bf16"),
+        Footprint(batch_factor=0.5, extra_bytes=4.0, activation_width=1.0, ranks=2),
+        Footprint(),
+    ])  # fmt: skip
+    assert both == Footprint(
+        activation_width=1.0, batch_factor=0.25, extra_bytes=7.0, fused=True, matmul_dtype="bf16", ranks=2
+    )

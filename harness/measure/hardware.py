@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -39,6 +40,7 @@ def is_unstated(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(v is None for v in value.values()))
 
 
+@cache
 def options() -> dict[str, dict[str, Any]]:
     """Every option file of the hardware group that ships with Dyno, by name."""
     import yaml

@@ -18,8 +18,9 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
-LAUNCH_S = {False: 12e-6, True: 4e-6}  # of host time a kernel: Python and autograd eager, a generated wrapper compiled
+LAUNCH_S = {False: 20e-6, True: 4e-6}  # of host time a kernel: Python and autograd eager, a generated wrapper compiled
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
+STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
 LINK_BYTES_PER_S = 200e9  # where nothing states the link between ranks
 OVERLAP = 0.5  # of what the wire carries while the device works
 
@@ -75,6 +76,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         2 * (6 * w if fused else 2.4 * norm) * h + 1.2 * rope * (width + keys) + (8 * w if fused else 9 * w) * f
     )
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
+    elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
     loss = micro * tokens * vocab * logit / machine.memory
 
