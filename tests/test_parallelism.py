@@ -85,7 +85,9 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cp_tp": (4, mesh(cp=2, tp=2, context="ulysses")),
     "dp_tp_pp": (8, mesh(dp=2, tp=2, pp=2, zero=1)),
 }  # fmt: skip
-EXACT = [case for case in CASES if not case.startswith("one") and not case.endswith(("bf16", "chunked", "muon", "8bit"))]
+EXACT = [
+    case for case in CASES if not case.startswith("one") and not case.endswith(("bf16", "chunked", "muon", "8bit"))
+]
 
 
 def sizes(case: str) -> dict[str, int]:

@@ -7,10 +7,10 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     gpus = [{"name": gpu.name(), "uuid": gpu.uuid()} for gpu in devices()]
-    packages = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
+    packages = installed_packages()
     return {
         **versions(),
         "machine": machine_id(),
@@ -146,6 +146,16 @@ def environment() -> dict[str, Any]:
         "dyno": source_state(),
         "packages": dict(sorted(packages.items())),
     }
+
+
+def installed_packages() -> dict[str, str]:
+    """Names and versions of what Python would import, read off directory names: opening every file takes seconds."""
+    found: dict[str, str] = {}
+    for folder in sys.path:
+        for entry in sorted(Path(folder).glob("*.dist-info")):
+            name, _, version = entry.name.removesuffix(".dist-info").partition("-")
+            found.setdefault(name.lower().replace("_", "-"), version)
+    return found
 
 
 def source_state() -> dict[str, Any]:

@@ -25,13 +25,20 @@ def inputs(*nodes: dict[str, Any]) -> list[Any]:
     found: list[Any] = []
     for node in nodes:
         if node["kind"] == "embedded":
-            installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-            found += [[name, installed.get(name.lower())] for name in (*packages.PACKAGES, *packages.LICENSED)]
+            found += [[name, installed(name)] for name in (*packages.PACKAGES, *packages.LICENSED)]
         elif node.get("path"):
             root = Path(node["path"]).expanduser()
             files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
             found += [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.exists()]
     return found
+
+
+def installed(name: str) -> str | None:
+    """The version of one distribution: reading the metadata of all of them takes seconds on some machines."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def key(pipeline: Pipeline) -> str:
