@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dyno.errors import RunFailure, UserError
@@ -101,10 +99,10 @@ def _up(numbers: int) -> int:
 
 
 def _aligned(numbers: int, side: Side) -> Tensor:
-    """A host tensor at a page's beginning: pinned for a device, else from an anonymous mapping."""
-    tensor = side.host(numbers) if side.stream else torch.frombuffer(mmap.mmap(-1, 4 * numbers), dtype=torch.float32)
-    assert tensor.data_ptr() % PAGE == 0
-    return tensor
+    """A host tensor at a page's beginning, pinned for a device: allocators begin at any multiple of 64 or 512 bytes."""
+    tensor = side.host(numbers + PAGE // 4)
+    skip = -tensor.data_ptr() % PAGE // 4
+    return tensor[skip : skip + numbers]
 
 
 def _open(directory: Path, size: int) -> tuple[int, bool]:
