@@ -65,6 +65,8 @@ def split(grid: Grid, run: Run) -> None:
         parallelize_module(block, mesh, plan)
     if model.embed is not None:
         parallelize_module(model.embed, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=between))
+        # A compiled block takes no tensor whose collective is still in flight; a copy has waited for it.
+        model.embed.register_forward_hook(lambda module, inputs, out: out.clone())
     if model.lm_head is not None:
         parallelize_module(model.norm, mesh, norm)
         head = ColwiseParallel(
