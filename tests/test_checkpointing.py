@@ -291,3 +291,8 @@ def test_compiled_steps_equal_the_plain_one(option, tmp_path):
     assert costs["activation_bytes"] < base["activation_bytes"]
     if option != "selective":
         assert costs["recomputed_flops"] > 0
+
+
+def test_attention_with_grouped_heads_is_counted_by_its_query_heads():
+    q, k = torch.empty(2, 6, 5, 8, device="meta"), torch.empty(2, 3, 7, 8, device="meta")
+    assert activations.attention_flops(q, k, 2) == 2 * 2 * (2 * 6) * 5 * 7 * 8

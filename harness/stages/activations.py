@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from dyno.measure.environment import detect
 from dyno.plan import predict
 from dyno.record import Metric, unmeasured
 from dyno.technique import Run
 
-BLIND = "_scaled_dot_product_flash_attention_for_cpu"  # torch has no formula for it
+ATTENTION = "_scaled_dot_product"  # torch has no formula for some of them, and for grouped heads none
 SEEN = 0.9  # of the forward pass's products, for a count to be believed
+
+
+def attention_flops(q: Tensor, k: Tensor, products: int) -> int:
+    """FLOPs of so many products between queries (B, H, Sq, D) and keys (B, G, Sk, D), masked pairs counted too."""
+    batch, heads, queries, dim = q.shape
+    return products * 2 * batch * heads * queries * k.shape[2] * dim
 
 
 class Watch(TorchDispatchMode):
@@ -41,12 +47,12 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "_overloadpacket", func)
         name = packet.__name__
-        if name == BLIND:
-            self.flops["attention"] += sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        if name.startswith(ATTENTION):
+            backward = name.endswith("backward")  # whose first argument is the gradient
+            kind = "attention backward" if backward else "attention"
+            self.flops[kind] += attention_flops(*args[backward : backward + 2], products=5 if backward else 2)
         elif packet in flop_registry:
-            attention = "attention backward" if name.endswith("backward") else "attention"
-            kind = attention if name.startswith("_scaled_dot_product") else "products"
-            self.flops[kind] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self.flops["products"] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.saw(tensor)
