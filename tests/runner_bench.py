@@ -36,6 +36,9 @@ def escape():  # a process of another session, with no parent in the run and no 
 """
 
 
+EARLIER: set[int] = set()
+
+
 @pytest.fixture(scope="module")
 def composed() -> dict:
     return compose(["hardware=cpu", "workload=data"]).to_json()
@@ -70,7 +73,8 @@ def worker(request, subreaper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def subreaper():
-    """Whatever escapes a keeper becomes a child of this process."""
+    """Whatever escapes a keeper becomes a child of this process; children of earlier tests do not count."""
+    EARLIER.update(keeper.children(os.getpid()))
     keeper.prctl(keeper.PR_SET_CHILD_SUBREAPER, 1)
     yield
     keeper.prctl(keeper.PR_SET_CHILD_SUBREAPER, 0)
@@ -79,7 +83,7 @@ def subreaper():
 def left_behind() -> list[int]:
     """Children of this process besides the fork server, and the server's."""
     server = runner.SERVER.process
-    found = keeper.children(os.getpid())
+    found = [pid for pid in keeper.children(os.getpid()) if pid not in EARLIER]
     return found if server is None else [p for p in [*found, *keeper.children(server.pid)] if p != server.pid]
 
 

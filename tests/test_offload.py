@@ -259,9 +259,9 @@ def reasons(*overrides):
 def test_what_does_not_go_together_is_told_before_any_work(option, tmp_path):
     assert not reasons(f"offload={option}")
     assert "measures no training" in reasons(f"offload={option}", "workload=generate")[0]
-    layout = reasons(f"offload={option}", "parallelism=ddp", "parallelism.ranks=2", "workload.batch=4")
+    layout = reasons(f"offload={option}", "parallelism=ddp", "parallelism.dp=2", "workload.batch=4")
     assert any("other ranks" in reason for reason in layout)
-    assert not reasons(f"offload={option}", "parallelism=ddp", "parallelism.ranks=1", "workload.batch=4")
+    assert not reasons(f"offload={option}", "parallelism=ddp", "parallelism.dp=1", "workload.batch=4")
     if option in STATES:
         assert "loss scaling" in reasons(f"offload={option}", "precision=fp16")[0]
         assert "1 MiB" in reasons(f"offload={option}", "offload.chunk_mib=0")[0]
@@ -291,7 +291,7 @@ def test_predictions_order_the_tiers():
         made = predict(tiny.pipeline(Path("."), "model=1b", "workload.batch=1", f"offload={option}").recipe, CPU)
         return made.peak_memory_bytes
 
-    assert 2 * plan("parameters") < plan("optimizer") < 0.6 * plan("none")
+    assert 1.5 * plan("parameters") < plan("optimizer") < 0.6 * plan("none")
     assert plan("nvme") == plan("optimizer")
     assert plan("activations") <= plan("none")
 

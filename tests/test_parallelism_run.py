@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from dyno import processes, runner
+from dyno import runner
 from dyno.recipe import Recipe, compose
 
 SMALL = [
@@ -44,18 +45,32 @@ def test_a_pipeline_is_one_record(composed):
     assert (Path(out["_path"]) / "checkpoints" / "step-0000003" / "index.json").is_file()
 
 
-def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(composed, tmp_path):
+def ranks_of(directory: Path) -> dict[str, int]:
+    """RANK -> process id of a run's workers, which were started and not forked."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = dict(
+                line.split(b"=", 1) for line in (entry / "environ").read_bytes().split(b"\0") if b"=" in line
+            )
+        except OSError:
+            continue  # ended meanwhile
+        if str(directory).encode() in words and b"RANK" in environment:
+            found[environment[b"RANK"].decode()] = int(entry.name)
+    return found
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(composed, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_earlier_runs", itertools.repeat(0))
     runs = tmp_path / "results" / "runs"
-    killed: list[str] = []
+    killed: list[Path] = []
 
     def kill_the_second(line: str) -> None:
         if line.startswith("train: step") and not killed:
-            (aside,) = runs.glob(".running-*")
-            killed.append(aside.name.removeprefix(".running-"))
-            for pid in processes.members(killed[0]):
-                if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+            killed.extend(runs.glob(".running-*"))
+            os.kill(ranks_of(killed[0])["1"], signal.SIGKILL)
 
     out = runner.run(composed("parallelism=pipeline", "workload.steps=100000"), progress=kill_the_second)
     assert out["status"] == "crashed" and "rank 1 of 2 was ended by SIGKILL" in out["reason"]
-    assert processes.members(killed[0]) == [] and not list(runs.glob(".running-*"))
+    assert not ranks_of(killed[0]) and not list(runs.glob(".running-*"))

@@ -39,6 +39,7 @@ class Plan:
     time_terms: dict[str, float] = field(default_factory=dict)
     flops_per_step: float = 0.0
     tokens_per_step: float = 0.0
+    wire_bytes_per_step: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
     machine: Machine | None = None
@@ -97,6 +98,8 @@ class Plan:
             "time_terms_s": self.time_terms,
             "tokens_per_s": self.tokens_per_step / seconds if seconds else None,
             "flops_per_step": self.flops_per_step,
+            "wire_bytes_per_step": self.wire_bytes_per_step,
+            "bubble": self.bubble,
             "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
             "advice": self.advice,
             "ceilings": self.machine.source if self.machine else None,
@@ -151,6 +154,7 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
         return plan
     plan.machine = machine_of(device, recipe.config["hardware"])
+    plan.wire_bytes_per_step = time.wire_bytes(share)
     plan.bubble, plan.ranks, plan.tokens_per_step = share.bubble, share.ranks, shape.batch * shape.seq
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq
     plan.flops_per_step = plan.tokens_per_step * (6.0 * shape.linear_parameters + attention) * share.flops_factor

@@ -32,6 +32,12 @@ def product_s(m: float, n: float, k: float, flop_per_s: float, machine: Machine,
     return RAMP_S + max(2 * m * n * k / flop_per_s, width * (m * k + k * n + m * n) / machine.memory)
 
 
+def wire_bytes(print_: Footprint) -> float:
+    """Bytes that a rank sends in a step."""
+    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
+    return print_.wire_bytes + print_.wire_weights * stored + print_.wire_activations * activation_width(print_)
+
+
 def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
     """Seconds of a step on one rank by term, each as if it were alone. A dtype without a ceiling takes fp32's."""
     w, fused = activation_width(print_), print_.fused
@@ -90,7 +96,6 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     optimizer = mine * moved / machine.memory
 
-    wire = print_.wire_bytes + print_.wire_weights * stored + print_.wire_activations * w
     kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
     if unfused and not fused:
         kernels += UNFUSED_KERNELS * (3 + again)
@@ -101,7 +106,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
-        "wire": wire / LINK_BYTES_PER_S, "offload": print_.host_traffic_bytes / machine.host_bytes_per_s,
+        "wire": wire_bytes(print_) / LINK_BYTES_PER_S, "offload": print_.host_traffic_bytes / machine.host_bytes_per_s,
     }  # fmt: skip
 
 
