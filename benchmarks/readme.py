@@ -1,6 +1,6 @@
 """Write the figures of README.md from the records in results/reference: `make readme`.
 
-Text between the markers `<!-- figures -->` and `<!-- /figures -->` is generated; nothing in it is typed by hand.
+Text between the markers `<!-- NAME -->` and `<!-- /NAME -->` is generated; nothing in it is typed by hand.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dyno.record import read_records
 from dyno.show import si
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- figures -->", "<!-- /figures -->"
 COLUMNS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "energy_j_per_token", "validation_loss")
 
 
@@ -27,11 +26,11 @@ def study_table(where: Path) -> list[str]:
     records = [r for r in read_records(where) if r["status"] == "ok"]
     records.sort(key=lambda r: -r["metrics"]["tokens_per_s"]["value"])
     first = records[0]
-    refused = len(read_records(where)) - len(records)
+    machines = len({r["fingerprint"]["machine"] for r in records})
     lines = [
-        f"`model={first['choices']['model']}`, training at a sequence of {first['config']['workload']['seq']}, on one "
-        f"{first['fingerprint']['device']} (torch {first['fingerprint']['torch']}); {len(records)} measured runs of a study, "
-        f"{refused} more were refused before a run. Median step, energy by NVML counter.",
+        f"`model={first['choices']['model']}`, training at a sequence of {first['config']['workload']['seq']}, on "
+        f"{first['fingerprint']['device']} (torch {first['fingerprint']['torch']}); the {len(records)} runs of a study, "
+        f"made on {machines} such GPUs. Median step, energy by NVML counter.",
         "",
         "| precision | attention | checkpointing | compile | batch | tokens/s | step | peak memory | energy a token | loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -115,18 +114,77 @@ def serving_table(where: Path) -> list[str]:
     return lines
 
 
+def fp8_lines(path: Path) -> list[str]:
+    """fp8 against bf16 on a few layers of the 1b shape, one after the other."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = {(row["variant"], row["layers"]): row for row in rows if row["kind"] == "step"}
+    ours, wide = steps["fp8 tensorwise", 4], steps["bf16", 4]
+    faster = wide["step_time_s"] / ours["step_time_s"]
+    return [
+        "",
+        f"fp8 products (`precision=fp8 compile=on`) on 4 layers of the 1b shape at 8 x 2048: {si(ours['tokens_per_s'])} "
+        f"tokens/s against {si(wide['tokens_per_s'])} in bf16 ({faster:.2f}x), "
+        f"{si(ours['peak_memory_bytes'], 'B')} against {si(wide['peak_memory_bytes'], 'B')}.",
+    ]
+
+
+def meter_lines(path: Path) -> list[str]:
+    found = json.loads(path.read_text())
+    low, median, high = (100 * found[name] for name in ("overhead_low", "overhead", "overhead_high"))
+    return [
+        "",
+        f"All meters on cost a decode loop of {1e3 * found['plain_step_s']:.0f} ms a pass {median:+.2f}% of its time "
+        f"(95% interval {low:+.2f}% to {high:+.2f}%; {found['rounds']} alternating rounds).",
+    ]
+
+
+def planner_table(study: Path, published: Path) -> list[str]:
+    """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
+    records = [r for r in read_records(study) if r["status"] == "ok"]
+    lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
+
+    def row(what: str, errors: list[float]) -> None:
+        errors = sorted(abs(e) for e in errors)
+        median = (errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2
+        lines.append(f"| {what} | {len(errors)} | {median:.1%} | {errors[-1]:.1%} |")
+
+    for kind, label in (("off", "eager"), ("on", "compiled")):
+        chosen = [r for r in records if r["choices"]["compile"] == kind]
+        for metric, name in (("peak_memory_bytes", "peak memory"), ("step_time_s", "step time")):
+            row(
+                f"{name} of the study above, {label}",
+                [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
+            )
+    found = json.loads(published.read_text())["held_out"]
+    lines.append(
+        f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
+        f"{found['median']:.1%} | {found['worst']:.1%} |"
+    )
+    return lines
+
+
 def main() -> None:
     reference = ROOT / "results" / "reference" / "h100"
-    figures = [
-        *study_table(reference / "quickstart-160m"),
-        *peer_table(reference / "train-1b"),
-        *kernel_table(reference / "kernels"),
-        *serving_table(reference / "generate-160m"),
-    ]
+    blocks = {
+        "figures": [
+            *study_table(reference / "quickstart-160m"),
+            *peer_table(reference / "train-1b"),
+            *fp8_lines(reference / "training_formats.jsonl"),
+            *kernel_table(reference / "kernels"),
+            *serving_table(reference / "generate-160m"),
+            *meter_lines(reference / "meter_overhead.json"),
+        ],
+        "planner": planner_table(
+            reference / "quickstart-160m", ROOT / "results" / "reference" / "planner" / "published_runs.json"
+        ),
+    }
     path = ROOT / "README.md"
-    head, _, rest = path.read_text().partition(START)
-    _, _, tail = rest.partition(END)
-    path.write_text("\n".join([head + START, *figures, END]) + tail)
+    text = path.read_text()
+    for name, lines in blocks.items():
+        head, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, tail = rest.partition(f"<!-- /{name} -->")
+        text = "\n".join([f"{head}<!-- {name} -->", *lines, f"<!-- /{name} -->"]) + tail
+    path.write_text(text)
 
 
 if __name__ == "__main__":
