@@ -103,6 +103,13 @@ def triton_attention(
     return flash_attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, **launch)
 
 
+def decided(condition: Any) -> bool:
+    """A plain bool, by a branch: a compiler that traces sizes as symbols makes symbols of comparisons, bool() of them too."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
+
+
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -141,8 +148,9 @@ def sdpa(
         raise UserError(f"attention.backend={backend!r} is none of {', '.join(SDPA_BACKENDS)}")
     with sdpa_kernel(forced[backend]) if backend != "auto" else nullcontext():
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and square and queries > 1, scale=scale, enable_gqa=groups > 1
-        )
+            q, k, v, attn_mask=mask, scale=scale,
+            is_causal=decided(causal and square and queries > 1), enable_gqa=decided(groups > 1),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

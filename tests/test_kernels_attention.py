@@ -108,3 +108,10 @@ def test_the_reference_in_parts_is_the_reference(causal, monkeypatch):
     whole = op.reference(**given)
     monkeypatch.setattr(op, "REFERENCE_SCORES_BYTES", 1000)
     torch.testing.assert_close(op.reference(**given), whole, atol=1e-6, rtol=0)
+
+
+def test_sdpa_is_one_graph_when_sizes_are_symbols():
+    compiled = torch.compile(op.sdpa, backend="aot_eager", fullgraph=True, dynamic=True)
+    for queries, keys in ((7, 7), (9, 9), (1, 12)):
+        given = problem(2, 4, 2, queries, keys, 16)
+        torch.testing.assert_close(compiled(*given), op.sdpa(*given))

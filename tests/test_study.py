@@ -261,7 +261,7 @@ def test_shipped_studies_read_on_both_devices(monkeypatch):
     device = environment.Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), "GPU-1", 1)
     monkeypatch.setattr(environment, "detect", lambda hardware: device)
     read = settings.read(["study=quickstart", "model=160m"], [])
-    assert {"precision", "compile", "attention", "checkpointing", "workload.batch"} == {
+    assert {"precision", "compile", "compile.per_block", "attention", "checkpointing", "workload.batch"} == {
         p.key for p in read.space.parameters
     }
     assert read.space.base.config["measure"]["min_seconds"] > 10 and read.space.base.config["workload"]["seq"] == 1024

@@ -161,13 +161,15 @@ def installed_packages() -> dict[str, str]:
 def source_state() -> dict[str, Any]:
     """The git commit of Dyno's source and whether it was changed since; Nones when nobody can tell.
 
-    Where the source is no checkout, in a container's image for instance, DYNO_COMMIT may name what it was built from.
+    Where the source is no checkout of ours, in a container's image for instance, DYNO_COMMIT names what it was made from.
     """
+    if told := os.environ.get("DYNO_COMMIT"):
+        return {"commit": told, "dirty": None}
     folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     # an installed copy may lie inside some other project's checkout: only a tracked file tells of ours
     if commit is None or _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return {"commit": os.environ.get("DYNO_COMMIT"), "dirty": None}
+        return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", "--", ":/"))}
 
 
