@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,13 +271,24 @@ def _no_collection() -> Iterator[None]:
 
 
 def _columns(rows: list[tuple[dict[str, Any], ...]]) -> dict[str, list[Any]]:
-    """The parts of all rows as columns: all of one kind of part before the next, each in order of first appearance."""
+    """The parts of all rows as columns: all of one kind of part before the next, each in order of first appearance.
+
+    Only cells that are there are visited: a few rows with many metrics of their own make wide tables of empty cells.
+    """
     columns: dict[str, list[Any]] = {}
+    kinds: dict[str, set[type]] = {}
     for group in zip(*rows, strict=True):
-        for name in dict.fromkeys(chain.from_iterable(group)):
-            columns.setdefault(name, [part.get(name) for part in group])
-    for name, values in columns.items():
-        kinds = set(map(type, values)) - {type(None)}
-        if str in kinds and len(kinds) > 1:  # options of one axis may share a knob's name; a column has one type
-            columns[name] = [value if value is None else str(value) for value in values]
+        fresh: dict[str, list[Any]] = {}
+        for i, part in enumerate(group):
+            for name, value in part.items():
+                if name in columns:
+                    continue
+                if name not in fresh:
+                    fresh[name], kinds[name] = [None] * len(rows), set()
+                fresh[name][i] = value
+                kinds[name].add(type(value))
+        columns |= fresh
+    for name, found in kinds.items():
+        if str in found and len(found - {type(None)}) > 1:  # options of one axis may share a knob's name; one type each
+            columns[name] = [value if value is None else str(value) for value in columns[name]]
     return columns
