@@ -50,7 +50,8 @@ class Watch(TorchDispatchMode):
         if name.startswith(ATTENTION):
             backward = name.endswith("backward")  # whose first argument is the gradient
             kind = "attention backward" if backward else "attention"
-            self.flops[kind] += attention_flops(*args[backward : backward + 2], products=5 if backward else 2)
+            q, k = args[backward : backward + 2]
+            self.flops[kind] += attention_flops(q, k, products=5 if backward else 2)
         elif packet in flop_registry:
             self.flops["products"] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
