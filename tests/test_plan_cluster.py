@@ -15,8 +15,9 @@ import yaml
 
 from dyno import cli
 from dyno.errors import UserError
+from dyno.measure.environment import Device
 from dyno.measure.hardware import options
-from dyno.plan import shape_of
+from dyno.plan import reasons, shape_of
 from dyno.plan.budget import budget
 from dyno.plan.cluster import Layout, cluster_of, fits, in_flight, memory_terms, model_flops, time_terms
 from dyno.plan.elastic import Elastic, daly_interval_s, remote_step_s, useful_share, young_interval_s
@@ -213,3 +214,15 @@ def test_hardware_that_states_a_cluster_states_its_source():
                 assert option[key]["source"] and option[key]["date"] and option[key]["byte_per_s"] > 1e9, name
     assert {"v100", "a100", "h100", "h200", "b200"} <= set(options())
     assert math.isclose(options()["b200"]["peak_flop_per_s"]["bf16"], 2.25e15)
+
+
+def test_what_the_search_proposes_is_what_the_layouts_take(cluster):
+    """The best layouts of several searches, composed as they are printed, give no reason of the axes they set."""
+    for gpus, batch in ((16, 64), (64, 512), (256, 1024)):
+        base = ["model=70b", f"workload.batch={batch}", "workload.seq=4096", "precision=bf16", "attention=sdpa"]
+        device = Device("cuda", 0, "a card", 80 * 2**30, (9, 0), None, gpus)
+        best, _, _ = search(shape_of(compose(base)), gpus, dataclasses.replace(cluster, memory_bytes=2e11), best=20)
+        assert best
+        for candidate in best:
+            words = candidate.layout.overrides(batch)
+            assert reasons(compose([*base, *words]), device) == [], words

@@ -49,6 +49,7 @@ class Layout:
         count = batch // (self.dp * self.micro)
         words = [f"parallelism.{name}={getattr(self, name)}" for name in ("dp", "tp", "pp", "cp", "zero")]
         words += [f"parallelism.schedule={schedule}", f"parallelism.micro_batches={count}"] if self.pp > 1 else []
+        words += [f"parallelism.virtual_stages={self.virtual}"] if self.virtual > 1 else []
         words += ["checkpointing=uniform"] if self.recompute == "full" else []
         accumulate = self.pp == 1 and count > 1
         return ["parallelism=mesh", *words, *(["accumulation=gradients", f"accumulation.micro_batches={count}"]

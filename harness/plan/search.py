@@ -72,7 +72,7 @@ def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
                 if pp == 1
                 else [v for v in (1, 2, 4, 8) if v == 1 or (shape.layers % (pp * v) == 0 and count % pp == 0)]
             )
-            zeros = (1,) if dp * cp == 1 else (1, 2, 3) if pp == 1 else (1, 2)
+            zeros = (1, 2, 3) if pp == 1 and dp * cp > 1 else (1,)  # a pipeline keeps a stage's gradients whole: zero=1
             for virtual, zero in itertools.product(virtuals, zeros):
                 yield Layout(dp, tp, pp, cp, zero, micro, virtual, recompute)
 
