@@ -102,7 +102,7 @@ def serving_table(where: Path) -> list[str]:
     lines = [
         "",
         f"Serving `model={records[0]['choices']['model']}` in bf16, {workload['requests']} sequences, prompt "
-        f"{workload['prompt']}, {workload['new_tokens']} new tokens, no CUDA graphs yet, so bound by launches:",
+        f"{workload['prompt']}, {workload['new_tokens']} new tokens, without CUDA graphs:",
         "",
         "| attention | quantization | decoding | decode tokens/s | time to first token | model | KL to the original |",
         "|---|---|---|---|---|---|---|",
