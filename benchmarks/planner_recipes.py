@@ -1,7 +1,12 @@
-"""Random training recipes, run one after another within a time limit: what the planner is judged and calibrated on.
+"""Random training recipes, run within a time limit: what the planner is judged and calibrated on.
 
     python benchmarks/planner_recipes.py --seconds 900 --out results/planner          # every recipe the plan lets through
     python benchmarks/planner_recipes.py --seconds 300 --out results/planner --audit  # those that it refuses for memory
+    python benchmarks/planner_recipes.py --seconds 500 --out results/planner --workers 5
+
+Several workers start and compile side by side and measure in turn (measure.exclusive=window): memory is exact, and a
+step is timed while others may start. They are let in while the predicted peaks of all fit into the device; a recipe
+that runs out of memory beside others is run again alone.
 
 Recipe number i is a function of the seed and i alone, so any prefix is a fair sample and a second call goes on where the
 first stopped. Axes and options come from the config directory: what is not there is not drawn. An audited recipe runs on
@@ -12,10 +17,15 @@ The last line on stdout is JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import random
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +100,95 @@ def done(out: Path) -> set[str]:
     return {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
 
 
-def run_as_if(recipe: Recipe, factor: float, progress: Any) -> dict[str, Any]:
+def run_as_if(recipe: Recipe, factor: float) -> dict[str, Any]:
     """Run on the device here, said to have so many times its memory."""
     device = detect(recipe.config["hardware"])
     large = replace(device, memory_bytes=int(device.memory_bytes * factor))
     with mock.patch("dyno.measure.environment.detect", return_value=large):
-        return runner.run(recipe, progress=progress)
+        return runner.run(recipe)
+
+
+class Room:
+    """The device's memory, shared out by what is predicted; a recipe that needs most of it gets it alone."""
+
+    def __init__(self, total: int):
+        self.total, self.taken, self.holders = total, 0, 0
+        self.changed = threading.Condition()
+
+    def enter(self, predicted: int) -> int:
+        wanted = int(1.25 * predicted) + (1 << 30)  # the prediction is what is on trial; a context takes its part too
+        with self.changed:
+            self.changed.wait_for(lambda: not self.holders or self.taken + wanted <= 0.9 * self.total)
+            self.taken, self.holders = self.taken + wanted, self.holders + 1
+        return wanted
+
+    def leave(self, wanted: int) -> None:
+        with self.changed:
+            self.taken, self.holders = self.taken - wanted, self.holders - 1
+            self.changed.notify_all()
+
+
+class Campaign:
+    """What is drawn, run and written down within the time."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.given, self.out, self.started = given, Path(given.out), time.monotonic()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.known = done(self.out)
+        self.device = detect({"device": given.hardware if given.hardware == "cpu" else "auto"})
+        self.room = Room(self.device.memory_bytes)
+        self.counts = dict.fromkeys(("ok", "out_of_memory", "other", "unsupported", "refused"), 0)
+        self.writing = threading.Lock()
+        self.again: list[tuple[str, Recipe]] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def drawn(self) -> Iterator[tuple[str, Recipe, int]]:
+        """(key, recipe, predicted peak) of every recipe to run, until the time is over."""
+        given = self.given
+        for index in range(given.most):
+            key = f"{given.seed}/{index}{'/audit' if given.audit else ''}"
+            if key in self.known:
+                continue
+            overrides = draw(given.seed, index, self.device.kind)
+            overrides += [f"results_dir={self.out}", f"hardware={given.hardware}"]
+            try:
+                recipe = compose([*overrides, *(["measure.exclusive=window"] if given.workers > 1 else [])])
+            except UserError as error:
+                print(f"{key}  not composed: {error}", file=sys.stderr)
+                continue
+            plan = predict(recipe, detect(recipe.config["hardware"]))
+            verdict = plan.verdict()
+            refused = verdict is not None and verdict[0] == "out_of_memory"
+            if verdict and not refused:
+                self.counts["unsupported"] += 1
+            elif refused != given.audit:
+                self.counts["refused"] += refused
+            else:
+                yield key, recipe, int(plan.peak_memory_bytes or 0)
+
+    def run(self, key: str, recipe: Recipe, predicted: int) -> None:
+        if self.seconds > self.given.seconds:
+            return
+        wanted = self.room.enter(predicted)
+        try:
+            if self.seconds <= self.given.seconds:
+                self.note(key, recipe, run_as_if(recipe, 10.0) if self.given.audit else runner.run(recipe))
+        finally:
+            self.room.leave(wanted)
+
+    def note(self, key: str, recipe: Recipe, record: dict[str, Any]) -> None:
+        with self.writing:
+            if record["status"] == "out_of_memory" and recipe.config["measure"]["exclusive"] == "window":
+                self.again.append((key, recipe))
+                return
+            self.counts[record["status"] if record["status"] in self.counts else "other"] += 1
+            row = {"key": key, "id": record["id"], "status": record["status"], "refused": self.given.audit}
+            with (self.out / "done.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{self.seconds:6.0f} s  {key}  {line(record)[:150]}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -104,41 +197,28 @@ def main() -> int:
     parser.add_argument("--out", default="results/planner", help="results directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most", type=int, default=2000, help="how many recipe numbers are looked at")
+    parser.add_argument("--runs", type=int, default=10**6, help="how many recipes are run")
+    parser.add_argument("--workers", type=int, default=1, help="runs that start side by side and measure in turn")
     parser.add_argument("--audit", action="store_true", help="run those recipes that the plan refuses for memory")
     parser.add_argument("--hardware", default="auto")
-    arguments = parser.parse_args()
-    out, started = Path(arguments.out), time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    known, counts = done(out), dict.fromkeys(("ok", "out_of_memory", "other", "unsupported", "refused"), 0)
-    kind = detect({"device": arguments.hardware if arguments.hardware == "cpu" else "auto"}).kind
-    for index in range(arguments.most):
-        key = f"{arguments.seed}/{index}{'/audit' if arguments.audit else ''}"
-        if key in known:
-            continue
-        if time.monotonic() - started > arguments.seconds:
-            break
-        overrides = [*draw(arguments.seed, index, kind), f"results_dir={out}", f"hardware={arguments.hardware}"]
-        try:
-            recipe = compose(overrides)
-        except UserError as error:
-            print(f"{key}  not composed: {error}", file=sys.stderr)
-            continue
-        verdict = predict(recipe, detect(recipe.config["hardware"])).verdict()
-        refused = verdict is not None and verdict[0] == "out_of_memory"
-        if verdict and not refused:
-            counts["unsupported"] += 1
-            continue
-        if refused != arguments.audit:
-            counts["refused"] += refused
-            continue
-        record = run_as_if(recipe, 10.0 if refused else 1.0, lambda text: None)
-        counts[record["status"] if record["status"] in counts else "other"] += 1
-        with (out / "done.jsonl").open("a") as file:
-            file.write(
-                json.dumps({"key": key, "id": record["id"], "status": record["status"], "refused": refused}) + "\n"
-            )
-        print(f"{time.monotonic() - started:6.0f} s  {key}  {line(record)[:150]}", file=sys.stderr, flush=True)
-    print(json.dumps({"seconds": round(time.monotonic() - started, 1), **counts}))
+    given = parser.parse_args()
+    if given.audit and given.workers > 1:
+        parser.error("--audit runs recipes alone: they are expected to fill the device")
+    campaign = Campaign(given)
+    if given.workers > 1:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // given.workers)))
+    with ThreadPoolExecutor(given.workers) as pool:
+        # Composed here, one at a time and few ahead: Hydra keeps one global state.
+        waiting = threading.Semaphore(2 * given.workers)
+        for key, recipe, predicted in itertools.islice(campaign.drawn(), given.runs):
+            waiting.acquire()
+            if campaign.seconds > given.seconds:
+                break
+            pool.submit(campaign.run, key, recipe, predicted).add_done_callback(lambda _: waiting.release())
+    for key, recipe in campaign.again:
+        recipe.config["measure"]["exclusive"] = "run"
+        campaign.run(key, recipe, campaign.device.memory_bytes)
+    print(json.dumps({"seconds": round(campaign.seconds, 1), **campaign.counts}))
     return 0
 
 

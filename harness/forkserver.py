@@ -32,6 +32,7 @@ import threading
 from dyno.keeper import Rank, keep
 
 FORKED = "DYNO_FORKED"  # set in a worker that was forked
+DRIVER_UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # imports ask whether there is a GPU; NVML answers, not CUDA
 BORN_S = 120.0  # the longest that the imports may take
 FORK_S = 10.0
 MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and memory figures then lack the pages
@@ -82,7 +83,7 @@ class ForkServer:
         with theirs:
             self.process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=environment, start_new_session=True,
+                env=environment | DRIVER_UNTOUCHED, start_new_session=True,
             )  # fmt: skip
         self._link.settimeout(patience_s)
         if self._link.recv(1) != b"r":
@@ -102,8 +103,9 @@ def main(modules: list[str]) -> None:
     for name in modules:
         importlib.import_module(name)
     if os.fork() == 0:  # numpy's OpenBLAS starts its threads with the import, and takes them down before a fork
-        os._exit(0)
-    os.wait()
+        os._exit(int("torch" in sys.modules and sys.modules["torch"].cuda._is_in_bad_fork()))
+    if os.wait()[1] != 0:  # an import has touched the GPU's driver: no fork could use it
+        return
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers report to the runner
     link = socket.socket(fileno=0)
     if threads() != 1:

@@ -26,6 +26,7 @@ from dyno.model.config import BYTE_VOCABULARY, config_of
 from dyno.technique import Technique
 
 MEASURES = ("train", "infer", "data", "kernel")
+EXCLUSIVE = ("run", "window")  # for how long a run has the device to itself
 BASELINE = {"_target_": "dyno.technique.Baseline"}
 CONF = Path(importlib.import_module("dyno.conf").__path__[0])
 
@@ -241,6 +242,8 @@ def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list
         _check_like(group, config[group], _written(group, choices[group], plugins))
     if config["workload"]["measures"] not in MEASURES:
         raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
+    if config["measure"]["exclusive"] not in EXCLUSIVE:
+        raise UserError(f"measure.exclusive={config['measure']['exclusive']}: it is one of {', '.join(EXCLUSIVE)}")
     _check_finite("", config)
 
 

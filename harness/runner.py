@@ -31,8 +31,10 @@ RESULT = "result.json"
 REQUEST = "request.json"
 LOG_TAIL_LINES = 15
 
-# The first run of a command starts plainly: a server would have to import torch just the same.
-SERVER = ForkServer(("torch", "dyno.pipeline", "dyno.measure.window"))
+# The first run of a command starts plainly: a server would have to import torch just the same. A compiler is two seconds
+# of import more, and only on a GPU do most recipes compile.
+IMPORTS = ("torch", "dyno.pipeline", "dyno.measure.window", "dyno.stages.train", "dyno.stages.infer")
+SERVERS = {"cpu": ForkServer(IMPORTS), "cuda": ForkServer((*IMPORTS, "torch._inductor.compile_fx"))}
 _earlier_runs = itertools.count()
 
 
@@ -42,21 +44,26 @@ def exclusive(device: Device, ranks: int, progress: Callable[[str], None]) -> It
 
     Yields descriptors of the locked files. Every run takes them in one order, so that no two wait for each other.
     """
+    with contextlib.ExitStack() as stack:
+        locks = []
+        for path, name in lock_files(device, ranks).items():
+            locks.append(stack.enter_context(path.open("w")))
+            try:
+                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                progress(f"waiting: another run measures on {name}")
+                fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        yield [lock.fileno() for lock in locks]
+
+
+def lock_files(device: Device, ranks: int) -> dict[Path, str]:
+    """The files whose locks stand for the devices of a run of `ranks`, {path: device's name} in the order of taking."""
     from dyno.measure.environment import used
 
     folder = home() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     names = {re.sub(r"\W+", "-", f"{device.kind}-{uuid}"): name for uuid, name in used(device, ranks).items()}
-    with contextlib.ExitStack() as stack:
-        locks = []
-        for name in sorted(names):
-            locks.append(stack.enter_context((folder / f"{name}.lock").open("w")))
-            try:
-                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                progress(f"waiting: another run measures on {names[name]}")
-                fcntl.flock(locks[-1], fcntl.LOCK_EX)
-        yield [lock.fileno() for lock in locks]
+    return {folder / f"{name}.lock": names[name] for name in sorted(names)}
 
 
 def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) 
     plan = predict(recipe, device)
     verdict = plan.verdict()
     # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
-    if verdict:
+    if verdict or takes_turns(recipe):
         return run_aside(recipe, device, plan, verdict, runs, progress)
     with exclusive(device, world_size(recipe), progress) as held:
         return run_aside(recipe, device, plan, verdict, runs, progress, held)
@@ -154,6 +161,11 @@ def world_size(recipe: Recipe) -> int:
     return max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
 
 
+def takes_turns(recipe: Recipe) -> bool:
+    """Whether the worker holds the device from its second step on only, and others may start meanwhile; alone it may."""
+    return recipe.config["measure"]["exclusive"] == "window" and world_size(recipe) == 1
+
+
 def work(
     recipe: Recipe, device: Device, aside: Path, progress: Callable[[str], None], held: Sequence[int]
 ) -> dict[str, Any]:
@@ -164,6 +176,7 @@ def work(
         "device": device.kind,
         "index": device.index,
         "ranks": ranks,
+        "turns": [str(path) for path in lock_files(device, ranks)] if takes_turns(recipe) else None,
         "born": time.time(),
     }
     (aside / REQUEST).write_text(json.dumps(request))
@@ -182,7 +195,7 @@ def work(
         aside / "log.txt",
         limit,
         progress,
-        server=SERVER if next(_earlier_runs) else None,
+        server=SERVERS[device.kind] if next(_earlier_runs) else None,
         held=held,
     )
     return judge(aside, outcome, limit)

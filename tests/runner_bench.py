@@ -59,7 +59,7 @@ def worker(request, subreaper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     script, forked = tmp_path / "fake_worker.py", request.param == "forked"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setattr(runner, "SERVER", ForkServer(()))
+    monkeypatch.setattr(runner, "SERVERS", dict.fromkeys(("cpu", "cuda"), ForkServer(())))
     monkeypatch.setattr(runner, "_earlier_runs", itertools.repeat(int(forked)))
 
     def use(body: str) -> None:
@@ -68,7 +68,7 @@ def worker(request, subreaper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(runner, "WORKER", [sys.executable, *command])
 
     yield use
-    runner.SERVER.close()
+    runner.SERVERS["cpu"].close()
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def subreaper():
 
 def left_behind() -> list[int]:
     """Children of this process besides the fork server, and the server's."""
-    server = runner.SERVER.process
+    server = runner.SERVERS["cpu"].process
     found = [pid for pid in keeper.children(os.getpid()) if pid not in EARLIER]
     return found if server is None else [p for p in [*found, *keeper.children(server.pid)] if p != server.pid]
 

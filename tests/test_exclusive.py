@@ -30,6 +30,31 @@ def test_one_measurement_at_a_time(recipe, worker):
     assert sum("waiting" in text for text in told) == 1
 
 
+def test_runs_that_share_the_device_until_they_measure(recipe, worker):
+    """measure.exclusive=window: both workers are alive at once, and are told the locks that they measure under."""
+    worker("""
+        import fcntl
+        turns = json.loads((directory / "request.json").read_text())["turns"]
+        place = directory.parent.parent
+        (place / f"alive-{os.getpid()}").touch()
+        while len(list(place.glob("alive-*"))) < 2:
+            time.sleep(0.01)
+        with open(turns[0], "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (place / "busy").touch(exist_ok=False)
+            time.sleep(0.1)
+            (place / "busy").unlink()
+        done()
+    """)
+    recipe.config["measure"]["exclusive"] = "window"
+    runs = [threading.Thread(target=runner.run, args=(recipe,)) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert [r["status"] for r in record.read_records(recipe.config["results_dir"])] == ["ok", "ok"]
+
+
 class Gpu:
     """What the locks ask of an NVML device."""
 

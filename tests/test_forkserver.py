@@ -144,7 +144,7 @@ def test_forked_from_the_second_run_on(tmp_path, monkeypatch):
     try:
         made = [runner.run(compose([*words, f"results_dir={tmp_path / name}"])) for name in "ab"]
     finally:
-        runner.SERVER.close()
+        runner.SERVERS["cpu"].close()
     assert [m["status"] for m in made] == ["ok", "ok"], [m["reason"] for m in made]
     assert [m["environment"]["birth"].split(",")[0] for m in made] == ["started", "forked"]
     assert made[0]["metrics"]["validation_loss"]["value"] == made[1]["metrics"]["validation_loss"]["value"]
@@ -154,7 +154,7 @@ def test_forked_from_the_second_run_on(tmp_path, monkeypatch):
 def test_forked_workers_have_the_gpu_and_the_server_has_not(tmp_path, monkeypatch):
     (tmp_path / "cuda.py").write_text("import torch; print(torch.ones(7, device='cuda').sum().item())")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    server, lines = ForkServer(runner.SERVER.modules), []
+    server, lines = ForkServer(runner.IMPORTS), []
     try:
         for _ in range(2):
             command = [sys.executable, "-m", "cuda"]

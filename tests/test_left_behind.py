@@ -40,7 +40,7 @@ def test_a_run_ends_no_process_of_another_or_of_the_runner(recipe, worker, tmp_p
     worker("print(escape(), flush=True); time.sleep(60)")
     lines: list[str] = []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command, server = [*runner.WORKER, str(tmp_path)], runner.SERVER
+    command, server = [*runner.WORKER, str(tmp_path)], runner.SERVERS["cpu"]
     longer = threading.Thread(
         target=processes.run_group, args=(command, 1, environment, tmp_path / "log", 4, lines.append),
         kwargs={"server": server},

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -219,3 +220,28 @@ def test_a_real_probe(monkeypatch):
     found = probe.probe(CPU)
     assert found["matrix_flop_per_s"]["fp32"] > 1e8
     assert found["copy_byte_per_s"] > 1e8
+
+
+def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):
+    lock, order = str(tmp_path / "cpu.lock"), []
+
+    def second() -> None:
+        with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, turns=[lock]) as meter:
+            started.set()
+            with meter.window("w") as w:
+                order.append("second")
+                for _ in w.steps():
+                    pass
+
+    started = threading.Event()
+    with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, turns=[lock]) as meter:
+        meter.take_turn()
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert started.wait(10)
+        thread.join(0.2)
+        assert thread.is_alive()
+        order.append("first")
+        meter.take_turn()  # is its own already
+    thread.join(10)
+    assert order == ["first", "second"]

@@ -29,7 +29,12 @@ def largest_over_ranks(value: float, device: torch.device) -> float:
     return float(tensor.item())
 
 
-def warm_up(step: Callable[[], object], device: torch.device, measure: Mapping[str, Any]) -> dict[str, Any]:
+def warm_up(
+    step: Callable[[], object],
+    device: torch.device,
+    measure: Mapping[str, Any],
+    after_first: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run `step` until it is steady, at least warmup_min_steps and at most warmup_max_steps times.
 
     Every rank of a run does as many steps as the one that settles last.
@@ -37,6 +42,7 @@ def warm_up(step: Callable[[], object], device: torch.device, measure: Mapping[s
     Args:
         step: one step, exactly as it will be measured.
         measure: warmup_min_steps, warmup_max_steps and warmup_tolerance (the drift over the last steps that passes).
+        after_first: called when the first step is over, in no step's time.
 
     Returns:
         steps; seconds in all; first_step_s, which holds compilation, capture and allocation; compile_time_s, the first
@@ -52,6 +58,8 @@ def warm_up(step: Callable[[], object], device: torch.device, measure: Mapping[s
         step()
         synchronize(device)
         times.append(time.perf_counter() - start)
+        if len(times) == 1:
+            after_first()
         settled = is_steady(np.array(times[1:]), window, float(measure["warmup_tolerance"]))
         steady = largest_over_ranks(float(not settled), device) == 0.0
         if steady and len(times) >= low:

@@ -13,11 +13,12 @@ host's clock (CPU). Counters, memory and validity are read before the first and 
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,6 +55,7 @@ class Meter:
         device: the torch device. measure: a `conf/measure` option. hardware: a `conf/hardware` option.
         run_dir: where the sampler writes its log.
         power: stands in for NVML in tests and where another library reads the device; no sampler starts for it.
+        turns: files to lock before anything is measured, where other runs may be starting on the device by intent.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Meter:
         hardware: Mapping[str, Any],
         run_dir: Path,
         power: PowerSource | None = None,
+        turns: Sequence[str] | None = None,
     ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         self.device, self.measure, self.run_dir = device, measure, run_dir
@@ -76,6 +79,8 @@ class Meter:
         self.codecarbon_reason = "measure.codecarbon is off"
         self.windows: list[Window] = []
         self._flags: list[dict[str, str]] = []
+        self.alone = turns is None
+        self._turns, self._locks = list(turns or ()), ExitStack()
         self._ceilings: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -87,8 +92,13 @@ class Meter:
                 self.power = self._given_power or NullPower(str(error))
         if not self.measure["energy"]:
             self.power = NullPower("measure.energy is off")
-        self._expect_an_idle_gpu()
-        self.idle_power_w = self._read_idle_power()
+        if self.alone:
+            self._expect_an_idle_gpu()
+            self.idle_power_w = self._read_idle_power()
+        else:
+            self.idle_power_w = unmeasured(
+                "W", "other runs may start on the device meanwhile (measure.exclusive=window)"
+            )
         if self.nvml is not None and self.power is self.nvml:
             self.sampler = Sampler(self.run_dir / f"power-{os.getpid()}.log", ["--uuid", self.nvml.uuid()])
         if self.measure["codecarbon"]:
@@ -105,6 +115,14 @@ class Meter:
             self.sampler.log.unlink(missing_ok=True)  # every window has taken its part into its samples
         if self.codecarbon:
             self.codecarbon.close()
+        self._locks.close()
+
+    def take_turn(self) -> None:
+        """Wait until no other run measures on the device, and keep it until the meter is left; done once."""
+        while self._turns:
+            lock = Path(self._turns.pop(0)).open("w")  # noqa: SIM115 the exit closes it
+            self._locks.enter_context(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     def window(self, name: str) -> Window:
         """A new measured region; enter it with `with`."""
@@ -193,6 +211,7 @@ class Window:
 
     def __enter__(self) -> Self:
         meter = self.meter
+        meter.take_turn()
         self._start_codecarbon()
         self._clock = make_clock(meter.device, min(int(meter.measure["max_steps"]) + 1, _PREPARED_MARKS))
         self._memory = MemoryMeter(meter.device, meter.nvml)
@@ -251,7 +270,7 @@ class Window:
         self._stop_codecarbon(end_s - self._start_s)
         self._judge_energy(end_s, counter_end_j, self._counter_reason or reason)
         self.step_times_s = self._steps_of(self._durations)
-        self.verdict = validity.judge(self._before, after, self.log, self._busy())
+        self.verdict = validity.judge(self._before, after, self.log, self._busy() if meter.alone else None)
         if self.energy.code not in (None, "not_measured", "too_short"):
             self.verdict["flags"].append(validity.flag(f"energy_{self.energy.code}", str(self.energy.reason)))
 

@@ -40,7 +40,7 @@ def warm_up(meter: Meter, step: Callable[[], object]) -> Warm:
     """Run `step` until it is steady; a warm-up that never was becomes a flag of the row."""
     if not FIRST_STEP:
         FIRST_STEP.append(time.time())
-    report = warm_until_steady(step, meter.device, meter.measure)
+    report = warm_until_steady(step, meter.device, meter.measure, meter.take_turn)
     if not report["steady"]:
         meter.flag("not_steady", f"step times still drifted after {report['steps']} warm-up steps")
     compiled, source = report["compile_time_s"], "first step less the median of later warm-up steps"
