@@ -10,10 +10,20 @@ from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, problem
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
-from test_optimizers import compare_steps
+from test_optimizers import compare_single_passes, compare_steps
 
 from dyno.errors import UserError
-from dyno.kernels import _adamw8bit_step, _flash, _fp8, _fp8_cast, _quantized, attention, operation, operations
+from dyno.kernels import (
+    _adamw8bit_step,
+    _adamw_step,
+    _flash,
+    _fp8,
+    _fp8_cast,
+    _quantized,
+    attention,
+    operation,
+    operations,
+)
 from dyno.kernels import linear_cross_entropy as loss
 from dyno.kernels import quantized_linear as linear
 from dyno.kernels._flash import Tiles
@@ -165,3 +175,9 @@ def test_fused_loss_of_large_logits_and_of_no_target():
 @pytest.mark.parametrize("count", [1, 256, 1300])
 def test_eight_bit_adamw(count):
     compare_steps(_adamw8bit_step.triton_step, count, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2048, 5000])
+def test_a_single_pass(count, dtype):
+    compare_single_passes(_adamw_step.triton_step, count, dtype, "cpu")

@@ -101,6 +101,16 @@ def adamw8bit():
     return compiled(_adamw8bit_step._step, pointers, constants, 4, 3)
 
 
+def adamw():
+    from dyno.kernels import _adamw_step
+
+    pointers = {
+        **dict.fromkeys(("Weight", "Grad"), "bf16"),
+        **dict.fromkeys(("Master", "First", "Second", "Scale"), "fp32"),
+    }
+    return compiled(_adamw_step._step, pointers, {"HAS_MASTER": True, "BLOCK": _adamw_step.BLOCK}, 8, 3)
+
+
 def test_sm90_code():
     # In a process of its own: this one may already have imported the kernels for the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -122,6 +132,7 @@ if __name__ == "__main__":
         "int4": linear(4),
         "int8": linear(8),
         "adamw8bit": adamw8bit(),
+        "adamw": adamw(),
         "cross_entropy": cross_entropy("bf16"),
         "fp8_of_bf16": fp8_operands("bf16", "fp8e5"),
         "fp8_of_fp32": fp8_operands("fp32", "fp8e4nv"),

@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_training_techniques import prepared, steps
 
+from dyno.kernels import _adamw as single
 from dyno.kernels import _adamw8bit as eight
 from dyno.kernels._adamw8bit import BLOCK, Rates
 from dyno.technique import Shape
 from dyno.techniques.optimizer import _muon
+from dyno.techniques.optimizer._single_pass import SinglePassAdamW
 from dyno.techniques.optimizer.update_rules import AdamW8bit, Muon
 
 CPU = torch.device("cpu")
@@ -137,6 +139,67 @@ def test_muon_predicts_its_state_and_its_products():
     assert "momentum" in Muon(momentum=1.0).unsupported(None, None)
     assert "iterations" in Muon(iterations=0).unsupported(None, None)
     assert math.isfinite(Muon(iterations=0).footprint(shape(), None).flops_factor)
+
+
+def test_a_single_pass_is_clipping_and_adamw(tmp_path):
+    expected, _, plain = steps(prepared(tmp_path), 8)
+    losses, _, trainer = steps(prepared(tmp_path, "optimizer=adamw_single_pass"), 8)
+    assert losses == pytest.approx(expected, rel=1e-5) and losses[-1] < losses[0]
+    for p, q in zip(plain.parameters, trainer.parameters, strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1e3], ids=["clipped", "not clipped"])
+def test_the_norm_is_that_of_all_gradients(largest):
+    parameters = [torch.nn.Parameter(normal(*s)) for s in [(4, 6), (7,), (1,)]]
+    for i, p in enumerate(parameters[:2]):
+        p.grad = normal(*p.shape, seed=i)
+    optimizer = SinglePassAdamW(parameters, 1e-2, (0.9, 0.95), 0.1)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for c, p in zip(copies, parameters, strict=True):
+        c.grad = None if p.grad is None else p.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(copies, largest)
+    torch.testing.assert_close(optimizer.clip(parameters, largest), norm)
+    torch.optim.AdamW(copies, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1).step()
+    optimizer.step()
+    torch.testing.assert_close(parameters, copies)
+
+
+@pytest.mark.parametrize("rounded", ["bf16_master", "bf16_stochastic"])
+def test_a_single_pass_keeps_masters_or_steps_on_wide_copies(rounded, tmp_path):
+    expected, _, plain = steps(prepared(tmp_path, f"precision={rounded}"), 8)
+    losses, _, trainer = steps(prepared(tmp_path, f"precision={rounded}", "optimizer=adamw_single_pass"), 8)
+    assert losses == pytest.approx(expected, rel=5e-3)
+    masters = [s["master"] for s in trainer.optimizer.state.values() if "master" in s]
+    assert len(masters) == (len(trainer.parameters) if rounded == "bf16_master" else 0)
+    assert all(p.dtype == torch.bfloat16 for p in trainer.parameters)
+    for p, master in zip(trainer.parameters, masters, strict=False):
+        assert torch.equal(p, master.to(torch.bfloat16))
+
+
+def compare_single_passes(step, count, dtype, place):
+    """Three steps of a version and of the reference, with a master where the weight is narrow."""
+    kept = []
+    for version in (step, single.reference_step):
+        master = normal(count).to(place)
+        weight = master.to(dtype)
+        moments = [torch.zeros(count, device=place) for _ in range(2)]
+        for i in range(3):
+            rates = RATES._replace(correction1=1 - 0.9 ** (i + 1), correction2=1 - 0.95 ** (i + 1))
+            grad = normal(count, seed=i).to(place, dtype)
+            scale = torch.tensor(0.3, device=place)
+            version(weight, None if dtype == torch.float32 else master, grad, *moments, scale, rates)
+        kept.append([weight, *moments] + ([] if dtype == torch.float32 else [master]))
+    torch.testing.assert_close(*kept, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 1000, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_pass_on_gpu(count, dtype):
+    from dyno.kernels._adamw_step import triton_step
+
+    compare_single_passes(triton_step, count, dtype, "cuda")
 
 
 @pytest.mark.gpu

@@ -74,17 +74,6 @@ def project_each(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     return tuple(layer(x) for layer in layers)
 
 
-def project_jointly(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """The same in one product with the layers' weights stacked: narrow products (keys, values) waste the tensor cores,
-    and the gradients of `x` need no sum. A compiler writes the stacked weights while it casts them."""
-    if len(layers) == 1:
-        return (layers[0](x),)
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    y = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    return tuple(y.split([layer.out_features for layer in layers], dim=-1))
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()

@@ -124,6 +124,11 @@ def batches(stream: np.ndarray, batch: int, seq: int, seed: int) -> Iterator[tup
         yield both[:, :-1], both[:, 1:]
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; through pinned memory, so that the host need not wait until the device gets there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Trainer:
     """One optimizer step after another over a stream, as the run's parts say."""
 
@@ -146,8 +151,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step over the global batch; each rank takes its rows."""
         run, scaler = self.run, self.run.part("scaler")
-        tokens, targets = run.part("local_batch")(*next(self.batches))
-        tokens, targets = tokens.to(run.device, non_blocking=True), targets.to(run.device, non_blocking=True)
+        tokens, targets = (on_device(t, run.device) for t in run.part("local_batch")(*next(self.batches)))
         self.loss = run.part("gradients")(tokens, targets)
         if scaler:
             scaler.unscale_(self.optimizer)

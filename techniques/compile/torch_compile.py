@@ -20,12 +20,10 @@ class TorchCompile(Technique):
     """TorchDynamo captures the model, Inductor fuses and generates kernels; the first steps pay for it.
 
     Paper: Ansel et al. 2024, PyTorch 2, doi:10.1145/3620665.3640366. `per_block` compiles one block and reuses it.
-    `joint_projections`: layers of one input (q, k, v; gate, up) are one product, while no other option takes them over.
     """
 
     per_block: bool = False
     mode: str = "default"
-    joint_projections: bool = False
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         import shutil
@@ -47,14 +45,7 @@ class TorchCompile(Technique):
     def apply(self, run: Run) -> None:
         import torch
 
-        from dyno.model.decoder import project_each, project_jointly
-
         assert run.model is not None
-        if self.joint_projections and run.stage == "train":
-            for block in run.model.blocks:
-                for part in (block.attention, block.mlp):
-                    if part.project is project_each:  # type: ignore[union-attr]
-                        part.project = project_jointly  # type: ignore[union-attr]
         mode = None if self.mode == "default" else self.mode
         if self.per_block or run.stage == "infer":
             for block in run.model.blocks:

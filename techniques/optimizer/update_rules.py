@@ -37,6 +37,34 @@ class AdamW8bit(Technique):
 
 
 @dataclass
+class SinglePassAdamW(Technique):
+    """AdamW in one pass over memory: clipping, moments, fp32 masters of 16-bit weights and their rounding together.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101. The same update as plain AdamW; what it saves is traffic: clipped
+    gradients are not written back, and precision=bf16_master needs no wide copies of weights and gradients.
+    """
+
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        others = [t for chosen in recipe.techniques.values() for t in chosen if t is not self]
+        if max(t.world_size for t in others) > 1:
+            return "the norm for clipping is taken on one rank; take optimizer=adamw with a layout of several"
+        return None
+
+    def apply(self, run: Run) -> None:
+        from dyno.techniques.optimizer._single_pass import SinglePassAdamW as Optimizer
+
+        made: list[Optimizer] = []
+
+        def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+            made[:] = [Optimizer(model.parameters(), lr, BETAS, WEIGHT_DECAY)]
+            return made[0]
+
+        make.keeps_masters = True  # type: ignore[attr-defined]
+        run.replace("optimizer", make, by=self)
+        run.replace("clip", lambda parameters, max_norm: made[0].clip(parameters, max_norm), by=self)
+
+
+@dataclass
 class Muon(Technique):
     """Momentum whose matrices are made orthogonal before each step; embedding, head and norms by AdamW.
 

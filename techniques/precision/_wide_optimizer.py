@@ -65,6 +65,16 @@ class WideOptimizer(torch.optim.Optimizer):
                     local(w).untyped_storage().resize_(0)
 
 
+Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+
+def widened(make: Make, rounding: Callable[[Tensor], Tensor] | None = None) -> Make:
+    """`make` for 16-bit parameters; as it is where its optimizers keep masters of their own (`make.keeps_masters`)."""
+    if rounding is None and getattr(make, "keeps_masters", False):
+        return make
+    return lambda model, lr: WideOptimizer(model, lr, make, rounding)
+
+
 @contextmanager
 def standing_in(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
     """Other parameters in the places of the model's own."""

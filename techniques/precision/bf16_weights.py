@@ -40,11 +40,11 @@ class Bf16Master(Technique):
         run.replace("matmul_dtype", "bf16", by=self)
         if run.stage == "infer":
             return
-        from dyno.techniques.precision._wide_optimizer import WideOptimizer
+        from dyno.techniques.precision._wide_optimizer import widened
         from dyno.techniques.precision.formats import cpu_multiplies, round_products
 
         rounding = self.rounding(run)
-        run.wrap("optimizer", lambda make: lambda model, lr: WideOptimizer(model, lr, make, rounding), by=self)
+        run.wrap("optimizer", lambda make: widened(make, rounding), by=self)
         if run.device.type == "cpu" and not cpu_multiplies("bfloat16"):
             assert run.model is not None
             round_products(run.model, torch.bfloat16)

@@ -63,10 +63,10 @@ class FP8(Technique):
         assert run.model is not None
         run.replace("matmul_dtype", "fp8", by=self)
         if self.weights == "bfloat16":
-            from dyno.techniques.precision._wide_optimizer import WideOptimizer
+            from dyno.techniques.precision._wide_optimizer import widened
 
             run.replace("weights_dtype", torch.bfloat16, by=self)
-            run.wrap("optimizer", lambda make: lambda model, lr: WideOptimizer(model, lr, make), by=self)
+            run.wrap("optimizer", widened, by=self)
         else:
             run.replace("autocast", lambda: torch.autocast(run.device.type, dtype=torch.bfloat16), by=self)
         project = projection(_fp8.Recipe(self.scaling == "rowwise", self.fast_backward))

@@ -1,0 +1,49 @@
+"""One AdamW step of a parameter whose gradient is clipped on the way and whose master may be wider than itself.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dyno.kernels import triton_missing
+from dyno.kernels._adamw8bit import Rates
+
+
+def reference_step(
+    weight: Tensor, master: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, scale: Tensor, rates: Rates
+) -> None:
+    """Update in place: weight (n,) of any float type; master, where there is one, and moments (n,) fp32.
+
+    The gradient (n,) counts `scale` (a scalar on the device) times. With a master the weight is its rounding.
+    """
+    g = grad.float() * scale
+    first.lerp_(g, 1 - rates.beta1)
+    second.lerp_(g * g, 1 - rates.beta2)
+    update = first / rates.correction1 / ((second / rates.correction2).sqrt() + rates.eps)
+    wide = weight.float() if master is None else master
+    wide = wide * (1 - rates.lr * rates.weight_decay) - rates.lr * update
+    if master is not None:
+        master.copy_(wide)
+    weight.copy_(wide)
+
+
+def step(
+    weight: Tensor, master: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, scale: Tensor, rates: Rates
+) -> None:
+    """`reference_step`, on a GPU in one pass over memory. All tensors are contiguous."""
+    if weight.is_cuda and triton_missing(weight.device) is None:
+        from dyno.kernels._adamw_step import triton_step
+
+        triton_step(weight, master, grad, first, second, scale, rates)
+    else:
+        reference_step(weight, master, grad, first, second, scale, rates)
+
+
+def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """(norm of all gradients together, what they are to be multiplied by to have at most `max_norm`), on the device."""
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
