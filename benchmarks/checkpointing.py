@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from typing import Any
+
+from dyno import runner
+from dyno.recipe import compose
 
 VARIANTS: dict[str, list[str]] = {
     "none": ["checkpointing=none"],
@@ -40,17 +40,11 @@ SHOWN = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "activation_bytes",
 
 
 def measure(name: str, overrides: list[str], results: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dyno.cli", "run", *SHORT, *overrides, f"results_dir={results}"]
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    row: dict[str, Any] = {"variant": name, "wall_s": round(time.perf_counter() - start, 1)}
-    try:
-        record = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        return {**row, "error": done.stderr.strip()[-500:]}
+    record = runner.run(compose([*SHORT, *overrides, f"results_dir={results}"]))
     metrics = record["metrics"]
-    row |= {n: metrics[n]["value"] if n in metrics else None for n in SHOWN}
-    return {**row, "status": record["status"], "reason": record["reason"]}
+    row = {n: metrics[n]["value"] if n in metrics else None for n in SHOWN}
+    ends = {"status": record["status"], "reason": record["reason"], "wall_s": record["duration_s"]}
+    return {"variant": name, **row, **ends, "id": record["id"], "device": record["fingerprint"].get("device")}
 
 
 def main() -> None:
@@ -60,17 +54,17 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--seconds", type=float, default=100.0, help="start no variant after so long")
+    parser.add_argument("--out", default="results/checkpointing", help="results directory")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     given = parser.parse_args()
     shape = [f"model={given.model}", f"workload.batch={given.batch}", f"workload.seq={given.seq}",
              f"precision={given.precision}"]  # fmt: skip
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as results:
-        for name in given.only:
-            if time.perf_counter() - start > given.seconds:
-                print(json.dumps({"variant": name, "skipped": f"{given.seconds:.0f} s are over"}), flush=True)
-                continue
-            print(json.dumps(measure(name, [*shape, *VARIANTS[name]], results)), flush=True)
+    for name in given.only:
+        if time.perf_counter() - start > given.seconds:
+            print(json.dumps({"variant": name, "skipped": f"{given.seconds:.0f} s are over"}), flush=True)
+            continue
+        print(json.dumps(measure(name, [*shape, *VARIANTS[name]], given.out)), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ import threading
 from dyno.keeper import Rank, keep
 
 FORKED = "DYNO_FORKED"  # set in a worker that was forked
-DRIVER_UNTOUCHED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # imports ask whether there is a GPU; NVML answers, not CUDA
+# Imports ask whether there is a GPU: NVML answers, not CUDA; and the compiler has its threads when it compiles.
+QUIET_IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TORCH_WARM_POOL": "0"}
 BORN_S = 120.0  # the longest that the imports may take
 FORK_S = 10.0
 MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and memory figures then lack the pages
@@ -83,7 +84,7 @@ class ForkServer:
         with theirs:
             self.process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=environment | DRIVER_UNTOUCHED, start_new_session=True,
+                env=environment | QUIET_IMPORTS, start_new_session=True,
             )  # fmt: skip
         self._link.settimeout(patience_s)
         if self._link.recv(1) != b"r":

@@ -98,33 +98,34 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
                 "s",
                 source=f"time from the start of the worker to its first measured step; {birth()}",
             )
-        figures = per_rank(rank, ranks, metrics, device)
-        data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
-        result: dict[str, Any] = {
-            "status": "ok",
-            "reason": None,
-            "metrics": to_json(metrics),
-            "details": pipeline.details,
-            "windows": {window.name: window.summary() for window in meter.windows},
-            "environment": environment() | {"ceilings": meter.ceilings(), "birth": birth()},
-            "validity": meter.validity(),
-            "artifacts": pipeline.artifacts,
-            "ranks": figures,
-        }
-        foreign = [f["detail"] for f in result["validity"]["flags"] if f["code"] == "contaminated"]
-        if foreign:
-            result |= {"status": "contaminated", "reason": foreign[0]}
-        result["fingerprint"] = {
-            "machine": machine_id(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else result["environment"]["cpu"],
-            "data": data,
-            "weights": weights,
-            "workload": digest(config["workload"])[:16],
-            "torch": torch.__version__,
-        }
-        if rank == 0:
-            arrays = {f"{w.name}.{name}": array for w in meter.windows for name, array in w.samples().items()}
-            np.savez_compressed(directory / "samples.npz", **arrays)  # type: ignore[arg-type]
+        ceilings = meter.ceilings()
+    figures = per_rank(rank, ranks, metrics, device)
+    data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
+    result: dict[str, Any] = {
+        "status": "ok",
+        "reason": None,
+        "metrics": to_json(metrics),
+        "details": pipeline.details,
+        "windows": {window.name: window.summary() for window in meter.windows},
+        "environment": environment() | {"ceilings": ceilings, "birth": birth()},
+        "validity": meter.validity(),
+        "artifacts": pipeline.artifacts,
+        "ranks": figures,
+    }
+    foreign = [f["detail"] for f in result["validity"]["flags"] if f["code"] == "contaminated"]
+    if foreign:
+        result |= {"status": "contaminated", "reason": foreign[0]}
+    result["fingerprint"] = {
+        "machine": machine_id(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else result["environment"]["cpu"],
+        "data": data,
+        "weights": weights,
+        "workload": digest(config["workload"])[:16],
+        "torch": torch.__version__,
+    }
+    if rank == 0:
+        arrays = {f"{w.name}.{name}": array for w in meter.windows for name, array in w.samples().items()}
+        np.savez_compressed(directory / "samples.npz", **arrays)  # type: ignore[arg-type]
     if ranks > 1:
         torch.distributed.destroy_process_group()
     return result

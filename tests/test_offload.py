@@ -335,6 +335,7 @@ def test_on_a_gpu_less_stays(option, tmp_path):
     device, sizes = torch.device("cuda", 0), {"layers": 12, "hidden": 512, "ffn_width": 2048, "head_dim": 128}
     peaks = {}
     for name in ("none", option):
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
