@@ -171,7 +171,7 @@ def plan(prediction: Plan) -> None:
             f"  step               {si(prediction.step_s, 's'):>10}  +-{prediction.time_band:.0%}; "
             f"{si(prediction.tokens_per_step / prediction.step_s, 'token/s')}"
         )
-    out += [f"  {sentence}" for sentence in prediction.advice]
+    out += [f"  {sentence}" for sentence in (*prediction.decisions, *prediction.advice)]
     if prediction.terms and not prediction.calibrated:
         out.append("  uncalibrated: `dyno plan --calibrate DIR` fits these figures to training runs in DIR")
     out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")

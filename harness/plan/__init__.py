@@ -47,6 +47,7 @@ class Plan:
     time_band: float = 0.0
     calibrated: bool = False
     reasons: list[str] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
 
     @property
     def phase(self) -> str:
@@ -102,6 +103,7 @@ class Plan:
             "bubble": self.bubble,
             "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
             "advice": self.advice,
+            "decisions": self.decisions,
             "ceilings": self.machine.source if self.machine else None,
             "device": self.device.name,
         }
@@ -148,7 +150,11 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     plan = Plan(shape, device, reasons=reasons(recipe, device))
     if shape is None:
         return plan
-    share = combined(t.footprint(shape, device) for chosen in recipe.techniques.values() for t in chosen)
+    shape = plan.shape = with_kept_bytes(recipe, shape, device)
+    techniques = [t for chosen in recipe.techniques.values() for t in chosen]
+    share = combined(t.footprint(shape, device) for t in techniques)
+    if not plan.reasons:
+        plan.decisions = [line for t in techniques if (line := t.decides(shape, device))]
     if recipe.config["workload"]["measures"] != "train":
         plan.terms, plan.memory_band = memory.serving(shape, share, device.kind), UNCALIBRATED["memory"][True]
         plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
@@ -171,6 +177,18 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         for what in ("memory", "time")
     )
     return plan
+
+
+def with_kept_bytes(recipe: Recipe, shape: Shape, device: Device) -> Shape:
+    """The shape with what the blocks keep on a rank, where a technique asks for it and under all others' footprints."""
+    techniques = [t for chosen in recipe.techniques.values() for t in chosen]
+    if not any(t.needs_kept_bytes for t in techniques):
+        return shape
+    share = combined(t.footprint(shape, device) for t in techniques if not t.needs_kept_bytes)
+    block = memory.block_of(shape, share)
+    tokens = shape.batch * shape.seq * share.batch_factor * share.width_factor
+    layers = shape.layers * share.layer_factor * share.activation_factor
+    return replace(shape, kept_bytes=layers * (block.kept + block.scores) * tokens)
 
 
 def reasons(recipe: Recipe, device: Device) -> list[str]:
