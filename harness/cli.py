@@ -23,6 +23,7 @@ EXAMPLES = {
   dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'""",
     "plan": """  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform
   dyno plan model=1b hardware=h100
+  dyno plan model=8b hardware=h100 precision=bf16 workload=generate
   dyno plan --calibrate results model=160m precision=bf16
   dyno plan model=1b hardware=h100 precision=bf16 compile=on --tokens 1e11
   dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256
