@@ -43,7 +43,7 @@ HARDWARE = options()
 
 def cluster(stated: dict[str, Any]) -> Cluster:
     hardware = HARDWARE[stated["option"]]
-    made = cluster_of(hardware, stated["option"])
+    made = cluster_of(hardware)
     share = (stated.get("power_w", hardware["power_limit_w"]) / hardware["power_limit_w"]) ** POWER
     return replace(
         made, flop_per_s=made.flop_per_s * share, bytes_per_s=stated.get("memory_byte_per_s", made.bytes_per_s)

@@ -138,7 +138,7 @@ def meter_lines(path: Path) -> list[str]:
     ]
 
 
-def planner_table(study: Path, published: Path) -> list[str]:
+def planner_table(study: Path, published: Path, served: Path) -> list[str]:
     """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
     records = [r for r in read_records(study) if r["status"] == "ok"]
     lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
@@ -160,11 +160,17 @@ def planner_table(study: Path, published: Path) -> list[str]:
         f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
         f"{found['median']:.1%} | {found['worst']:.1%} |"
     )
+    serving = json.loads(served.read_text())
+    for name, label in (("ttft_s", "time to first token"), ("tpot_s", "time per token")):
+        found = serving[name]
+        lines.append(
+            f"| {label} of the served runs above | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+        )
     return lines
 
 
 def main() -> None:
-    reference = ROOT / "results" / "reference" / "h100"
+    reference, planner = (ROOT / "results" / "reference" / name for name in ("h100", "planner"))
     blocks = {
         "figures": [
             *study_table(reference / "quickstart-160m"),
@@ -175,7 +181,7 @@ def main() -> None:
             *meter_lines(reference / "meter_overhead.json"),
         ],
         "planner": planner_table(
-            reference / "quickstart-160m", ROOT / "results" / "reference" / "planner" / "published_runs.json"
+            reference / "quickstart-160m", *(planner / name for name in ("published_runs.json", "serving.json"))
         ),
     }
     path = ROOT / "README.md"

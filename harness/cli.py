@@ -23,9 +23,14 @@ EXAMPLES = {
   dyno tune study=quickstart precision=fp32,bf16 'workload.lr=interval(1e-4,1e-2)'""",
     "plan": """  dyno plan model=8b workload.batch=8 workload.seq=4096 checkpointing=uniform
   dyno plan model=1b hardware=h100
+  dyno plan model=8b hardware=h100 precision=bf16 workload=generate
   dyno plan --calibrate results model=160m precision=bf16
   dyno plan model=1b hardware=h100 precision=bf16 compile=on --tokens 1e11
-  dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256""",
+  dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256
+  dyno plan model=70b hardware=h100_racks workload.batch=1024 workload.seq=8192 --search gpus=256
+  dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256 \\
+      --elastic failures=1.4,repair=24h,restart=10m --tokens 1e12
+  dyno plan model=1b hardware=h100 precision=bf16 --remote-memory gb_per_s=64,slower=5%""",
 }
 
 
@@ -68,8 +73,18 @@ def parser() -> argparse.ArgumentParser:
         "--tokens", type=float, metavar="N", help="time, energy, carbon and money of training on N tokens"
     )
     plan.add_argument(
-        "--search", metavar="gpus=N", help="the best layouts of the model on N GPUs of the stated hardware"
+        "--search",
+        metavar="gpus=N",
+        help="the best layouts of the model on N GPUs of the stated hardware, and what crosses which link",
     )
+    plan.add_argument(
+        "--elastic", metavar="failures=N,...",
+        help="what N failures a node and year make of it: fixed, with spare nodes, elastic; also repair=24h, restart=10m",
+    )  # fmt: skip
+    plan.add_argument(
+        "--remote-memory", metavar="gb_per_s=N,...",
+        help="the state that may lie behind a link of N GB/s; also slower=5%%, latency_us=2, overlap=50%%",
+    )  # fmt: skip
     table = verb(
         "table",
         "records as a table",
@@ -225,61 +240,9 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    import json
+    from dyno.plan import verb
 
-    from dyno import show
-    from dyno.measure.environment import detect, planned
-    from dyno.plan import predict
-
-    if arguments.calibrate:
-        from dyno.plan.calibrate import from_records
-
-        for found in from_records(arguments.calibrate):
-            show.calibration(found)
-    recipe = recipe_of(arguments)
-    hardware = recipe.config["hardware"]
-    if arguments.search:
-        return layouts(recipe, arguments.search, arguments.tokens)
-    device = planned(hardware) or detect(hardware)
-    prediction = predict(recipe, device)
-    show.plan(prediction)
-    out = prediction.to_json()
-    if arguments.tokens and prediction.step_s:
-        from dyno.measure.hardware import resolve
-        from dyno.plan.budget import budget
-
-        total = budget(
-            arguments.tokens, prediction.tokens_per_step / prediction.step_s, prediction.ranks,
-            resolve(hardware, device.kind, device.name),
-        )  # fmt: skip
-        show.budget(total)
-        out["budget"] = total.to_json()
-    print(json.dumps(out))
-    return OK if prediction.verdict() is None else FAILED
-
-
-def layouts(recipe: Recipe, wanted: str, tokens: float | None) -> int:
-    """The best layouts of a recipe's model on many GPUs."""
-    import json
-
-    from dyno import show
-    from dyno.errors import UserError
-    from dyno.plan import shape_of
-    from dyno.plan.budget import budget
-    from dyno.plan.search import best_layouts, parse
-
-    gpus, shape = parse(wanted), shape_of(recipe)
-    if shape is None or recipe.config["workload"]["measures"] != "train":
-        raise UserError("--search is for training: add workload=train")
-    hardware = recipe.config["hardware"]
-    found, looked, fitting = best_layouts(shape, gpus, hardware, str(recipe.choices["hardware"]))
-    show.layouts(found, looked, fitting, shape.batch)
-    total = budget(tokens, found[0].tokens_per_s, gpus, hardware) if tokens else None
-    if total:
-        show.budget(total)
-    best = [{**c.to_json(), "overrides": c.layout.overrides(shape.batch)} for c in found]
-    print(json.dumps({"label": "predicted", "best": best, "budget": total.to_json() if total else None}))
-    return OK
+    return OK if verb.plan(recipe_of(arguments), arguments) else FAILED
 
 
 def table(arguments: argparse.Namespace) -> int:

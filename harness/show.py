@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dyno.plan.budget import Budget
     from dyno.plan.corrections import Calibration
     from dyno.plan.search import Candidate
+    from dyno.plan.serving import ServingTime
 
 MAIN = (
     "tokens_per_s", "step_time_s", "decode_tokens_per_s", "ttft_s", "tpot_s", "validation_loss", "perplexity",
@@ -171,11 +172,29 @@ def plan(prediction: Plan) -> None:
             f"  step               {si(prediction.step_s, 's'):>10}  +-{prediction.time_band:.0%}; "
             f"{si(prediction.tokens_per_step / prediction.step_s, 'token/s')}"
         )
-    out += [f"  {sentence}" for sentence in prediction.advice]
+    if prediction.serving:
+        out += serving(prediction.serving, prediction.machine.source if prediction.machine else "-")
+    out += [f"  {sentence}" for sentence in (*prediction.decisions, *prediction.advice)]
     if prediction.terms and not prediction.calibrated:
         out.append("  uncalibrated: `dyno plan --calibrate DIR` fits these figures to training runs in DIR")
     out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")
     print("\n".join(out), file=sys.stderr)
+
+
+def serving(found: ServingTime, ceilings: str) -> list[str]:
+    """Prefill and decode pass by term, and what binds each."""
+    out = [f"  ceilings           {ceilings}"]
+    for name, terms, seconds in (("prefill", found.prefill, found.ttft_s), ("decode pass", found.decode, found.tpot_s)):
+        binds = "the host's launches" if terms["host"] >= sum(terms.values()) - terms["host"] else "the device"
+        out.append(
+            f"  {name:<18} {si(seconds, 's') if seconds else '-':>10}  {binds} bind{'s' if binds[-1] == 'e' else ''}"
+        )
+        out += [f"    {term:<18} {si(value, 's'):>10}" for term, value in terms.items() if value]
+    out.append(
+        f"  ttft {si(found.ttft_s, 's')}, tpot {si(found.tpot_s, 's')}, {si(found.tokens_per_s, 'token/s')} of "
+        f"{found.requests} requests (predicted, +-{found.band:.0%})"
+    )
+    return out + [f"  {name}: {reason}" for name, reason in found.reasons.items()]
 
 
 def layouts(found: list[Candidate], looked: int, fitting: int, batch: int) -> None:

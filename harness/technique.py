@@ -37,6 +37,7 @@ class Shape:
     micro_batches: int = 1
     tied: bool = True
     qk_norm: bool = False
+    kept_bytes: float = 0.0  # of the blocks on a rank when nothing is recomputed; where a technique `needs_kept_bytes`
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,15 @@ class Technique:
     def splits(self) -> int:
         """Micro-batches that a rank's rows are cut into: the knob `micro_batches` where a technique has one."""
         return int(getattr(self, "micro_batches", 1))
+
+    @property
+    def needs_kept_bytes(self) -> bool:
+        """Whether its footprint depends on what the other techniques make the blocks keep: `Shape.kept_bytes`."""
+        return False
+
+    def decides(self, shape: Shape, device: Device) -> str | None:
+        """What it would choose by itself, in one line of a plan; None where everything was chosen for it."""
+        return None
 
     @property
     def subrecipe(self) -> list[str] | None:

@@ -10,7 +10,9 @@ import tiny
 import torch
 
 from dyno.errors import Unsupported
+from dyno.measure.environment import Device
 from dyno.plan import predict
+from dyno.recipe import compose
 from dyno.stages import activations, train
 from dyno.technique import Shape
 from dyno.techniques.checkpointing import optimal
@@ -18,6 +20,7 @@ from dyno.techniques.checkpointing._chain import Chain, Optimum, peak, recompute
 from dyno.techniques.checkpointing.blocks import Fibonacci, boundary_share
 from dyno.techniques.checkpointing.optimal import Optimal
 
+CARD = Device("cuda", 0, "a card", 80 * 2**30, (9, 0), None, 2)
 SIZES = {"layers": 6, "tied_embeddings": False}
 STREAM = np.tile(np.arange(20), 20)
 WORKLOAD = {"batch": 4, "seq": 24, "lr": 1e-2}
@@ -227,9 +230,31 @@ def test_a_budget_that_cannot_be_met_is_told_with_the_least_that_can(tmp_path):
         prepared(tmp_path, "checkpointing=optimal", "checkpointing.budget=0.01")
 
 
-def optimal_device():
-    from dyno.measure.environment import Device
+def test_a_budget_in_gib_is_kept_by_the_run_and_shown_by_the_plan(plain, tmp_path):
+    """Half of what `none` keeps, in GiB: the run stays below it, and says what it was predicted to hold."""
+    rows = optimal.rows_at_once(prepared(tmp_path, "checkpointing=optimal"))
+    everything = optimal.measured_chain(prepared(tmp_path, "checkpointing=optimal")).everything * rows
+    budget = f"checkpointing.budget_gib={0.5 * everything / 2**30}"
+    run = prepared(tmp_path, "checkpointing=optimal", budget)
+    costs = trained(run)[2]
+    assert run.details["checkpointing_predicted_bytes"] <= 0.5 * everything
+    share = prepared(tmp_path, "checkpointing=optimal", "checkpointing.budget=0.5")
+    assert share.details["checkpointing_schedule"] == run.details["checkpointing_schedule"]
+    assert costs["activation_bytes"] < 0.7 * plain["fp32"][2]["activation_bytes"]
+    split = prepared(tmp_path, "checkpointing=optimal", "accumulation=gradients", "accumulation.micro_batches=2")
+    assert optimal.rows_at_once(split) == rows / 2
+    plan = predict(compose(["model=1b", "precision=bf16", "checkpointing=optimal", "checkpointing.budget_gib=2"]), CARD)
+    assert len(plan.decisions) == 1 and "keeps 9 of 16 blocks whole" in plan.decisions[0]
+    assert plan.to_json()["decisions"] == plan.decisions
+    recipe = compose(["model=1b", "checkpointing=optimal", "parallelism=mesh", "parallelism.tp=2"])
+    assert "splits the model" in Optimal(budget_gib=1.0).unsupported(recipe, CARD)
+    assert "exclude each other" in Optimal(0.5, 1.0).unsupported(recipe, CARD)
+    assert "above 0" in Optimal(budget_gib=0.0).unsupported(recipe, CARD)
+    tight = compose(["model=1b", "checkpointing=optimal", "checkpointing.budget_gib=0.01"])
+    assert "is below" in predict(tight, CARD).reasons[0] and "GiB" in predict(tight, CARD).reasons[0]
 
+
+def optimal_device():
     return Device("cpu", 0, "a CPU", 2**36, None, None, 1)
 
 

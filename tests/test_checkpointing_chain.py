@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
 
 import pytest
 
+from dyno.technique import Footprint, Shape
 from dyno.techniques.checkpointing._chain import (
     Chain,
     Optimum,
@@ -20,6 +22,7 @@ from dyno.techniques.checkpointing._chain import (
     recomputed,
     segments,
 )
+from dyno.techniques.checkpointing.optimal import Optimal, predicted_chain
 
 
 def every_schedule(start, end, whole=True):
@@ -126,6 +129,25 @@ def test_without_nesting_no_flat_schedule_is_better(seed):
         schedule = optimum.schedule(budget)
         got = (math.inf, 0) if schedule is None else (simulated(chain, schedule)[1], depth(schedule))
         assert got[0] == best and got[1] <= 1
+
+
+@pytest.mark.parametrize("layers", [1, 3, 5])
+def test_a_budget_in_gib_is_spent_as_every_schedule_there_is_would(layers):
+    """Against brute force over the predicted chain, at budgets from too little to more than everything."""
+    shape = Shape(1, 1, layers, 64, 160, 4, 2, 16, 256, 2, 128, kept_bytes=3.0 * 2**30)
+    chain = predicted_chain(shape)
+    found = [simulated(chain, schedule) for schedule in every_schedule(0, layers)]
+    for gib in (0.05, 0.7, 1.1, 1.7, 2.3, 2.9, 3.0, 9.0):
+        units = gib / 3 * chain.everything
+        best = min((work for most, work in found if most <= units), default=math.inf)
+        schedule = Optimal(budget_gib=gib).planned(shape)[1]
+        if schedule is None:
+            assert best == math.inf
+            continue
+        most, work = simulated(chain, schedule)
+        assert most <= units and work == best
+    assert Optimal(budget_gib=9.0).footprint(shape, None).flops_factor == 1
+    assert Optimal(budget_gib=1.7).footprint(dataclasses.replace(shape, kept_bytes=0.0), None) == Footprint()
 
 
 @pytest.mark.parametrize(("steps", "snapshots"), [(1, 1), (5, 1), (7, 2), (10, 3), (16, 2), (21, 4), (30, 5)])

@@ -149,6 +149,8 @@ def test_auto_takes_the_matching_option_and_keeps_what_the_user_states():
     assert found["power_limit_w"] == 700
     mine = auto | {"price_usd_per_hour": {"value": 1.0, "source": "contract", "date": "2026"}}
     assert hardware.resolve(mine, "cuda", "NVIDIA H100 80GB HBM3")["price_usd_per_hour"]["value"] == 1.0
+    assert hardware.resolve(auto, "cuda", "NVIDIA GB200")["resolved_from"] == "gb200"
+    assert hardware.resolve(auto, "cuda", "NVIDIA B200")["resolved_from"] == "b200"
     assert hardware.resolve(auto, "cpu", "Some CPU")["resolved_from"] == "cpu"
     unknown = hardware.resolve(auto, "cuda", "NVIDIA Nobody 1")
     assert unknown["resolved_from"] is None

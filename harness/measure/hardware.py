@@ -64,7 +64,7 @@ def resolve(hardware: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]
         return out
     out["resolved_from"] = None
     for option_name, option in options().items():
-        if option["device"] == kind and re.search(option["match"], name):
+        if option["device"] == kind and option["match"] and re.search(option["match"], name):
             out |= {key: value for key, value in option.items() if is_unstated(out.get(key))}
             out["resolved_from"] = option_name
             break

@@ -14,6 +14,7 @@ from dyno.plan import memory, time
 from dyno.plan.advice import memory_advice, time_advice
 from dyno.plan.corrections import corrected_memory, corrected_time, load
 from dyno.plan.machine import Machine, machine_of
+from dyno.plan.serving import ServingTime, serving_time
 from dyno.recipe import Recipe, compose
 from dyno.technique import Shape, combined
 
@@ -47,6 +48,8 @@ class Plan:
     time_band: float = 0.0
     calibrated: bool = False
     reasons: list[str] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+    serving: ServingTime | None = None
 
     @property
     def phase(self) -> str:
@@ -66,6 +69,13 @@ class Plan:
     @property
     def step_s(self) -> float | None:
         return time.step_s(self.time_terms, self.bubble) if self.time_terms else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Trained tokens, or decoded ones."""
+        if self.serving:
+            return self.serving.tokens_per_s
+        return self.tokens_per_step / self.step_s if self.step_s else None
 
     @property
     def advice(self) -> list[str]:
@@ -96,12 +106,14 @@ class Plan:
             "terms_bytes": self.terms,
             "step_time_s": seconds,
             "time_terms_s": self.time_terms,
-            "tokens_per_s": self.tokens_per_step / seconds if seconds else None,
+            "tokens_per_s": self.tokens_per_s,
+            "serving": self.serving.to_json() if self.serving else None,
             "flops_per_step": self.flops_per_step,
             "wire_bytes_per_step": self.wire_bytes_per_step,
             "bubble": self.bubble,
             "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
             "advice": self.advice,
+            "decisions": self.decisions,
             "ceilings": self.machine.source if self.machine else None,
             "device": self.device.name,
         }
@@ -148,12 +160,22 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     plan = Plan(shape, device, reasons=reasons(recipe, device))
     if shape is None:
         return plan
-    share = combined(t.footprint(shape, device) for chosen in recipe.techniques.values() for t in chosen)
+    shape = plan.shape = with_kept_bytes(recipe, shape, device)
+    techniques = [t for chosen in recipe.techniques.values() for t in chosen]
+    share = combined(t.footprint(shape, device) for t in techniques)
+    if not plan.reasons:
+        plan.decisions = [line for t in techniques if (line := t.decides(shape, device))]
+    plan.machine = machine_of(device, recipe.config["hardware"])
     if recipe.config["workload"]["measures"] != "train":
         plan.terms, plan.memory_band = memory.serving(shape, share, device.kind), UNCALIBRATED["memory"][True]
         plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
+        workload = recipe.config["workload"]
+        if plan.machine and workload["measures"] == "infer" and workload["new_tokens"] > 0:
+            positions = max(getattr(t, "positions_per_pass", 1) for t in techniques)
+            plan.serving = serving_time(
+                shape, share, plan.machine, device.kind, workload["prompt"], workload["new_tokens"], positions
+            )
         return plan
-    plan.machine = machine_of(device, recipe.config["hardware"])
     plan.wire_bytes_per_step = time.wire_bytes(share)
     plan.bubble, plan.ranks, plan.tokens_per_step = share.bubble, share.ranks, shape.batch * shape.seq
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq
@@ -171,6 +193,18 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         for what in ("memory", "time")
     )
     return plan
+
+
+def with_kept_bytes(recipe: Recipe, shape: Shape, device: Device) -> Shape:
+    """The shape with what the blocks keep on a rank, where a technique asks for it and under all others' footprints."""
+    techniques = [t for chosen in recipe.techniques.values() for t in chosen]
+    if not any(t.needs_kept_bytes for t in techniques):
+        return shape
+    share = combined(t.footprint(shape, device) for t in techniques if not t.needs_kept_bytes)
+    block = memory.block_of(shape, share)
+    tokens = shape.batch * shape.seq * share.batch_factor * share.width_factor
+    layers = shape.layers * share.layer_factor * share.activation_factor
+    return replace(shape, kept_bytes=layers * (block.kept + block.scores) * tokens)
 
 
 def reasons(recipe: Recipe, device: Device) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dyno.errors import UserError
-from dyno.plan.links import Link, half_s, hierarchical_s, ring_half_s
+from dyno.plan.links import Level, Link, Spans, half_s, hierarchical_s, merged, ring_half_s, spans
 from dyno.plan.memory import block_of
 from dyno.technique import Footprint, Shape
 
@@ -43,6 +43,9 @@ class Layout:
     def gpus(self) -> int:
         return self.dp * self.tp * self.pp * self.cp
 
+    def words(self) -> str:
+        return f"dp {self.dp} x tp {self.tp} x pp {self.pp} x cp {self.cp}"
+
     def overrides(self, batch: int) -> list[str]:
         """What to write on the command line for it."""
         schedule = "interleaved" if self.virtual > 1 else "1f1b"
@@ -58,15 +61,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Alike GPUs in nodes. Peaks are the vendor's dense ones."""
+    """Alike GPUs; `levels` from the node outwards, the last without an end. Peaks are the vendor's dense ones."""
 
     flop_per_s: float
     bytes_per_s: float
     memory_bytes: float
-    node: int
-    inside: Link
-    between: Link
+    levels: tuple[Level, ...]
     generation: str = "h100"
+
+    @property
+    def node(self) -> int:
+        return int(self.levels[0].gpus)
+
+    @property
+    def domain(self) -> int:
+        """GPUs that reach each other as fast as those of one node do."""
+        fast = [level.gpus for level in self.levels if level.link.bytes_per_s >= self.levels[0].link.bytes_per_s]
+        return int(max(gpus for gpus in fast if math.isfinite(gpus)))
 
 
 @dataclass(frozen=True)
@@ -85,27 +96,37 @@ class Efficiency:
 
 
 # Of a100 and h100 fitted; the others taken over from the nearest generation, unmeasured.
-DEFAULT = Efficiency({"v100": 0.706, "a100": 0.706, "h100": 0.621, "h200": 0.621, "b200": 0.621})
+DEFAULT = Efficiency({"v100": 0.706, "a100": 0.706, "h100": 0.621, "b200": 0.621})
+GENERATIONS = {7: "v100", 8: "a100", 9: "h100", 10: "b200"}  # by the first number of the compute capability
 
 
-def cluster_of(hardware: Mapping[str, Any], generation: str, dtype: str = "bf16") -> Cluster:
+def cluster_of(hardware: Mapping[str, Any], dtype: str = "bf16") -> Cluster:
     """The cluster that a hardware option states.
 
     Raises:
-        UserError: it states no node, no network or no peak of this dtype.
+        UserError: it states no node, no network, a rack that holds no whole nodes, or no peak of this dtype.
     """
     for key in ("node", "network", "peak_flop_per_s", "peak_byte_per_s", "memory_bytes"):
         if not hardware.get(key):
             raise UserError(
-                f"a plan for several nodes needs hardware.{key}: use hardware=h100, a100, h200, b200 or v100"
+                f"a plan for several nodes needs hardware.{key}: use hardware=h100, h100_racks, a100, h200, b200, gb200 "
+                "or v100"
             )
-    peaks, node, network = hardware["peak_flop_per_s"], hardware["node"], hardware["network"]
+    peaks, node, rack = hardware["peak_flop_per_s"], hardware["node"], hardware.get("rack")
     if not peaks.get(dtype):
         raise UserError(f"hardware.peak_flop_per_s.{dtype} is not stated; there is {', '.join(k for k in peaks)}")
+    if rack and int(rack["gpus"]) % int(node["gpus"]):
+        raise UserError(f"hardware.rack.gpus={rack['gpus']} is no multiple of hardware.node.gpus={node['gpus']}")
+
+    def level(name: str, stated: Mapping[str, Any]) -> Level:
+        gpus = int(stated["gpus"]) if "gpus" in stated else math.inf
+        return Level(name, gpus, Link(float(stated["byte_per_s"]), float(stated["latency_s"])))
+
+    levels = [level("node", node), *([level("rack", rack)] if rack else []), level("cluster", hardware["network"])]
+    generation = GENERATIONS.get((hardware.get("capability") or [9])[0], "h100")
     return Cluster(
         float(peaks[dtype]), float(hardware["peak_byte_per_s"]["value"]), float(hardware["memory_bytes"]),
-        int(node["gpus"]), Link(float(node["byte_per_s"]), float(node["latency_s"])),
-        Link(float(network["byte_per_s"]), float(network["latency_s"])), generation,
+        tuple(levels), generation,
     )  # fmt: skip
 
 
@@ -125,6 +146,21 @@ def in_flight(layout: Layout, count: int) -> float:
     if layout.virtual > 1:
         return min(count, layout.pp) * (1 + (layout.pp - 1) / (layout.pp * layout.virtual))
     return min(count, layout.pp)
+
+
+def data_group(layout: Layout, cluster: Cluster) -> Spans:
+    """What the ranks that share gradients cross: dp x cp of them, tp GPUs apart."""
+    return spans(layout.dp * layout.cp, layout.tp, cluster.levels)
+
+
+def trained_on_a_rank(shape: Shape, layout: Layout) -> float:
+    """Parameters whose gradients a rank sends: its layers' and one end's."""
+    return layer_matrices(shape) * shape.layers / layout.pp / layout.tp + shape.vocab * shape.hidden / layout.tp
+
+
+def slowest(found: Spans) -> Link:
+    """The link that one ring through a group waits for; of a group of one, any."""
+    return merged(found)[0].link if found else Link(math.inf, 0.0)
 
 
 def memory_terms(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -180,28 +216,22 @@ def time_terms(
 
     message = 2 * tokens * shape.hidden
     calls = 4.0 + 2.0 * again
-    tensor_link = cluster.inside if layout.tp <= cluster.node else cluster.between
-    tensor = layers * calls * 2 * ring_half_s(layout.tp, message, tensor_link)
+    tensor = layers * calls * 2 * half_s(spans(layout.tp, 1, cluster.levels), message)
     tensor *= 0.5 if layout.async_tp else 1.0
     keys = 2 * 2 * tokens * shape.kv_heads * shape.head_dim / layout.tp
-    context_link = cluster.inside if layout.tp * layout.cp <= cluster.node else cluster.between
-    ring = layers * 3 * ring_half_s(layout.cp, keys * layout.cp, context_link)
+    around = slowest(spans(layout.cp, layout.tp, cluster.levels))
+    ring = layers * 3 * ring_half_s(layout.cp, keys * layout.cp, around)
     context = max(0.0, ring - layers * attention_s * efficiency.overlap)
 
     hops = 2 * layout.virtual * (layout.pp > 1)
-    near = layout.tp * layout.cp * layout.dp * layout.pp <= cluster.node
-    stage_link = cluster.inside if near else cluster.between
-    stages = hops * (stage_link.latency_s + message / layout.tp / stage_link.bytes_per_s)
+    onward = slowest(spans(layout.pp, layout.gpus // layout.pp, cluster.levels))
+    stages = hops * (onward.latency_s + message / layout.tp / onward.bytes_per_s)
     busy = count * (per_micro + tensor + context)
     bubble = (layout.pp - 1) / layout.virtual * (per_micro + tensor + context + stages)
 
-    edge = shape.vocab * shape.hidden / layout.tp
-    mine = layer_matrices(shape) * shape.layers / layout.pp / layout.tp + edge
-    group = layout.dp * layout.cp
-    each = max(1, min(group, cluster.node // (layout.tp if layout.tp <= cluster.node else cluster.node)))
-    nodes = math.ceil(group / each)
-    links = (cluster.inside, cluster.between)
-    each_time = half_s(nodes, each, 2 * mine, *links)  # 16-bit weights; gradients are twice as wide
+    mine, group = trained_on_a_rank(shape, layout), layout.dp * layout.cp
+    crossed = data_group(layout, cluster)
+    each_time = half_s(crossed, 2 * mine)  # 16-bit weights; gradients are twice as wide
     if layout.zero == 3:  # gathered in both passes of every micro-batch, which hides all but the edges
         wire, window, last = count * 3 * each_time, busy, 3 * each_time
     elif layout.zero == 2:
@@ -211,7 +241,7 @@ def time_terms(
         wire = last = 3 * each_time
         window = (per_micro + tensor) * 2 / 3 * min(count, layout.pp)
     else:
-        wire = last = hierarchical_s(nodes, each, 4 * mine, *links)
+        wire = last = hierarchical_s(crossed, 4 * mine)
         window = (per_micro + tensor) * 2 / 3
     hidden = efficiency.overlap
     data = max(wire - hidden * window, (1 - hidden) * last) if group > 1 else 0.0

@@ -4,6 +4,7 @@ doi:10.1177/1094342005051521). Bytes are those of the whole buffer that each ran
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,19 +31,68 @@ def tree_s(ranks: int, size: float, link: Link) -> float:
     return 0.0 if ranks <= 1 else 2 * math.ceil(math.log2(ranks)) * link.latency_s + 2 * size / link.bytes_per_s
 
 
-def flat_s(nodes: int, each: int, size: float, inside: Link, between: Link) -> float:
-    """All-reduce by one ring or tree through all ranks: every step waits for the slowest link."""
-    slow = between if nodes > 1 else inside
-    return min(ring_s(nodes * each, size, slow), tree_s(nodes * each, size, slow))
+@dataclass(frozen=True)
+class Level:
+    """A level of the hierarchy: groups of `gpus` GPUs (infinite: all there are) and the link between what lies inside."""
+
+    name: str
+    gpus: float
+    link: Link
 
 
-def hierarchical_s(nodes: int, each: int, size: float, inside: Link, between: Link) -> float:
-    """All-reduce inside each node first: reduce-scatter there, all-reduce of a share between nodes, all-gather there."""
-    share = size / each
-    across = min(ring_s(nodes, share, between), tree_s(nodes, share, between))
-    return 2 * ring_half_s(each, size, inside) + across
+@dataclass(frozen=True)
+class Span:
+    """What a group of ranks crosses at one level: `ranks` parts of it meet over the level's link."""
+
+    name: str
+    ranks: int
+    link: Link
 
 
-def half_s(nodes: int, each: int, size: float, inside: Link, between: Link) -> float:
-    """All-gather or reduce-scatter of a buffer, inside the nodes and between them."""
-    return ring_half_s(each, size, inside) + ring_half_s(nodes, size / each, between)
+Spans = tuple[Span, ...]
+
+
+def spans(ranks: int, stride: int, levels: Sequence[Level]) -> Spans:
+    """The levels that a group of ranks crosses, innermost first; its neighbours are `stride` GPUs apart.
+
+    A group of the level below that does not divide a level's GPUs leaves some of them idle; they are not counted.
+    """
+    found, inside = [], 1
+    for level in levels:
+        reach = max(inside, math.floor(min(ranks, level.gpus / stride)))
+        if (parts := math.ceil(reach / inside)) > 1:
+            found.append(Span(level.name, parts, level.link))
+        inside = reach
+    return tuple(found)
+
+
+def merged(found: Spans) -> Spans:
+    """One ring through all of these: every step waits for the slowest link, every message for the longest way."""
+    if not found:
+        return ()
+    slow = Link(min(s.link.bytes_per_s for s in found), max(s.link.latency_s for s in found))
+    return (Span(" x ".join(s.name for s in found), math.prod(s.ranks for s in found), slow),)
+
+
+def hierarchical_s(found: Spans, size: float) -> float:
+    """All-reduce inside the innermost level first: reduce-scatter there, all-reduce of a share further out, all-gather."""
+    if not found:
+        return 0.0
+    here, *outer = found
+    if not outer:
+        return min(ring_s(here.ranks, size, here.link), tree_s(here.ranks, size, here.link))
+    return 2 * ring_half_s(here.ranks, size, here.link) + hierarchical_s(tuple(outer), size / here.ranks)
+
+
+def half_s(found: Spans, size: float) -> float:
+    """All-gather or reduce-scatter of a buffer, level by level."""
+    return sum(halves_s(found, size).values())
+
+
+def halves_s(found: Spans, size: float) -> dict[str, float]:
+    """The same by level: only a share of the buffer goes further out."""
+    out = {}
+    for span in found:
+        out[span.name] = ring_half_s(span.ranks, size, span.link)
+        size /= span.ranks
+    return out

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dyno.errors import UserError
-from dyno.plan.cluster import Cluster, Layout, cluster_of, fits, memory_terms, model_flops, time_terms
+from dyno.plan.cluster import RESERVE, Cluster, Layout, fits, memory_terms, model_flops, time_terms
 from dyno.technique import Shape
 
 MOST_STAGES = 64
@@ -52,9 +53,15 @@ def divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
-def layouts(shape: Shape, gpus: int, node: int) -> Iterator[Layout]:
-    """Every layout of exactly `gpus` GPUs whose parts divide: heads by tp, tp inside a node, layers by stages."""
-    tensors = [t for t in divisors(node, gpus) if shape.heads % t == 0 and shape.kv_heads % t == 0]
+def layouts(shape: Shape, gpus: int, node: int, domain: int | None = None) -> Iterator[Layout]:
+    """Every layout of exactly `gpus` GPUs whose parts divide: heads by tp, layers by stages.
+
+    tp stays inside a node of so many GPUs, or takes whole nodes of a `domain` whose links are as fast.
+    """
+    tensors = [
+        t for t in range(1, min(gpus, domain or node) + 1)
+        if (node % t == 0 or t % node == 0) and shape.heads % t == 0 and shape.kv_heads % t == 0
+    ]  # fmt: skip
     stages = [p for p in range(1, min(shape.layers, MOST_STAGES, gpus) + 1) if gpus % p == 0]
     contexts = [c for c in (1, 2, 4, 8, 16) if shape.seq % (2 * c) == 0 and shape.seq // c >= 2048 or c == 1]
     for tp, pp, cp in itertools.product(tensors, stages, contexts):
@@ -82,7 +89,7 @@ def search(shape: Shape, gpus: int, cluster: Cluster, best: int = 5) -> tuple[li
     found: dict[tuple[int, ...], Candidate] = {}
     looked = fitting = 0
     flops = model_flops(shape)
-    for layout in layouts(shape, gpus, cluster.node):
+    for layout in layouts(shape, gpus, cluster.node, cluster.domain):
         looked += 1
         if not fits(shape, layout, cluster):
             continue
@@ -107,15 +114,12 @@ def parse(text: str) -> int:
     return int(match.group(1))
 
 
-def best_layouts(shape: Shape, gpus: int, hardware: Mapping[str, Any], option: str) -> tuple[list[Candidate], int, int]:
-    """Search on the cluster that a hardware option states.
+def best_layouts(shape: Shape, gpus: int, cluster: Cluster) -> tuple[list[Candidate], int, int]:
+    """Search, or say why nothing is found.
 
     Raises:
-        UserError: the hardware states no cluster, the batch cannot be split so, or nothing fits.
+        UserError: the batch cannot be split so, or nothing fits.
     """
-    stated = hardware.get("resolved_from") or option
-    dtype = "bf16" if (hardware.get("peak_flop_per_s") or {}).get("bf16") else "fp16"
-    cluster = cluster_of(hardware, stated if stated in ("v100", "a100", "h100", "h200", "b200") else "h100", dtype)
     candidates, looked, fitting = search(shape, gpus, cluster)
     if not looked:
         raise UserError(
@@ -123,7 +127,18 @@ def best_layouts(shape: Shape, gpus: int, hardware: Mapping[str, Any], option: s
             f"as workload.batch={gpus * max(1, 2**22 // (gpus * shape.seq))}"
         )
     if not fitting:
-        raise UserError(
-            f"none of {looked} layouts fits: {gpus} GPUs of {cluster.memory_bytes / 2**30:.0f} GiB are too few"
-        )
+        raise UserError(why_none_fits(shape, gpus, cluster, looked))
     return candidates, looked, fitting
+
+
+def why_none_fits(shape: Shape, gpus: int, cluster: Cluster, looked: int) -> str:
+    """The layout that needs least, what fills it, and how many GPUs its state alone would take."""
+    least = min(layouts(shape, gpus, cluster.node, cluster.domain), key=lambda x: sum(memory_terms(shape, x).values()))
+    terms = memory_terms(shape, least)
+    need, room = sum(terms.values()), cluster.memory_bytes * (1 - RESERVE)
+    full = max(terms, key=lambda name: terms[name])
+    return (
+        f"none of {looked} layouts fits {gpus} GPUs of {cluster.memory_bytes / 2**30:.0f} GiB: the smallest, {least.words()}, "
+        f"needs {need / 2**30:.0f} GiB of the {room / 2**30:.0f} that can be used, {full} {terms[full] / 2**30:.0f}; weights, "
+        f"gradients and Adam of {shape.parameters / 1e9:.3g}B parameters fill {math.ceil(18 * shape.parameters / room)} GPUs"
+    )

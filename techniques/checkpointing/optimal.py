@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dyno.errors import Unsupported
 from dyno.technique import Footprint, Run, Shape
-from dyno.techniques.checkpointing._chain import Chain, Optimum, Schedule, Segment, kept, peak, recomputed
+from dyno.techniques.checkpointing._chain import Chain, Optimum, Schedule, Segment, all_kept, kept, peak, recomputed
 from dyno.techniques.checkpointing.blocks import Recomputing, blocks_share, boundary_share, follow
 
 if TYPE_CHECKING:
@@ -17,36 +19,74 @@ if TYPE_CHECKING:
     from dyno.recipe import Recipe
 
 FINE = 1000  # units of memory in a predicted block
+SHARE = 0.5
+GIB = 2**30
 
 
 @dataclass
 class Optimal(Recomputing):
-    """Least recomputation such that forward and backward hold at most `budget` x the blocks' activations of `none`.
+    """Least recomputation such that forward and backward hold at most a budget of the blocks' activations.
 
-    Papers: Beaumont et al. 2019, arXiv:1911.13214; Griewank and Walther 2000, doi:10.1145/347837.347846. Bytes and work
-    of each block are measured on a copy of it before training; segments nest where the budget asks for it. A graph
-    compiler recomputes each operation once, so with whole-model compilation segments do not nest.
+    Papers: Beaumont et al. 2019, arXiv:1911.13214; Griewank and Walther 2000, doi:10.1145/347837.347846. The budget is
+    `budget`, a share of what `none` keeps (0.5 where nothing is said), or `budget_gib`, GiB on a rank. Bytes and work of
+    each block are measured on a copy of it before training; segments nest where the budget asks for it. A graph compiler
+    recomputes each operation once, so with whole-model compilation segments do not nest.
     """
 
-    budget: float = 0.5
+    budget: float | None = None
+    budget_gib: float | None = None
+
+    @property
+    def needs_kept_bytes(self) -> bool:
+        return self.budget_gib is not None
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        from dyno.plan import shape_of
+        from dyno.plan import shape_of, with_kept_bytes
 
         reason = super().unsupported(recipe, device)
         if reason:
             return reason
-        if not 0 < self.budget <= 1:
+        if self.budget is not None and self.budget_gib is not None:
+            return "checkpointing.budget (a share) and checkpointing.budget_gib exclude each other: give one"
+        if self.budget is not None and not 0 < self.budget <= 1:
             return f"checkpointing.budget is {self.budget}; it takes a share of the activations, above 0 and up to 1"
+        if self.budget_gib is not None:
+            if self.budget_gib <= 0:
+                return f"checkpointing.budget_gib is {self.budget_gib}; it takes GiB above 0"
+            if any(t.world_size != t.data_ranks for chosen in recipe.techniques.values() for t in chosen):
+                return (
+                    "checkpointing.budget_gib counts whole blocks, and this layout splits the model over ranks: give "
+                    "checkpointing.budget, a share"
+                )
         shape = shape_of(recipe)
         assert shape is None or shape.layers > 0
         if shape is None:
             return None
-        return best(predicted_chain(shape), self.budget, nests(recipe))[1]
+        shape = with_kept_bytes(recipe, shape, device)
+        return best(predicted_chain(shape), self.share(shape.kept_bytes), self.said(shape.kept_bytes), nests(recipe))[1]
+
+    def share(self, everything_bytes: float) -> float:
+        """The budget as a share of what the blocks keep with nothing recomputed."""
+        if self.budget_gib is None:
+            return SHARE if self.budget is None else min(max(self.budget, 0.0), 1.0)
+        return min(1.0, max(self.budget_gib, 0.0) * GIB / everything_bytes)
+
+    def said(self, everything_bytes: float) -> Callable[[float], str]:
+        """How the user names a share: of the activations, or in GiB."""
+        if self.budget_gib is None:
+            return lambda share: f"checkpointing.budget={self.share(0.0)} is below {share:.3f}"
+        gib = everything_bytes / GIB
+        return lambda share: f"checkpointing.budget_gib={self.budget_gib} is below {share * gib:.3g} GiB of {gib:.3g}"
+
+    def planned(self, shape: Shape) -> tuple[Chain, Schedule | None]:
+        """The predicted chain and its schedule; none where the blocks' bytes are not known yet or the budget is missed."""
+        chain = predicted_chain(shape)
+        if self.needs_kept_bytes and not shape.kept_bytes:
+            return chain, None
+        return chain, best(chain, self.share(shape.kept_bytes), self.said(shape.kept_bytes), nested=True)[0]
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        chain = predicted_chain(shape)
-        schedule, _ = best(chain, min(max(self.budget, 0.0), 1.0), nested=True)
+        chain, schedule = self.planned(shape)
         if schedule is None:
             return Footprint()
         inside = [peak(chain, i.inner, held=True) for i in schedule if isinstance(i, Segment)]
@@ -56,13 +96,31 @@ class Optimal(Recomputing):
             flops_factor=1 + recomputed(chain, schedule) / shape.layers * blocks_share(shape) / 3,
         )
 
+    def decides(self, shape: Shape, device: Device) -> str | None:
+        chain, schedule = self.planned(shape)
+        if schedule is None:
+            return None
+        whole = sum(isinstance(item, int) for item in schedule)
+
+        def amount(units: int) -> str:
+            share = units / chain.everything
+            return f"{share * shape.kept_bytes / GIB:.3g} GiB" if shape.kept_bytes else f"{share:.1%}"
+
+        return (
+            f"checkpointing: keeps {whole} of {shape.layers} blocks whole, {amount(kept(chain, schedule))} of "
+            f"{amount(chain.everything)}, at most {amount(peak(chain, schedule))} while it recomputes "
+            f"{recomputed(chain, schedule) / shape.layers:.2f} of a forward pass"
+        )
+
     def apply(self, run: Run) -> None:
-        chain = measured_chain(run)
-        schedule, reason = best(chain, self.budget, nests(run.recipe))
+        chain, rows = measured_chain(run), rows_at_once(run)
+        everything = float(chain.everything * rows)
+        schedule, reason = best(chain, self.share(everything), self.said(everything), nests(run.recipe))
         if schedule is None:
             raise Unsupported(f"{reason} (measured)")
         follow(run, schedule, by=self)
         run.note("checkpointing_predicted_share", peak(chain, schedule) / chain.everything)
+        run.note("checkpointing_predicted_bytes", peak(chain, schedule) * rows)
         run.note("checkpointing_recomputed_forwards", recomputed(chain, schedule) / sum(chain.cost))
 
 
@@ -71,8 +129,17 @@ def nests(recipe: Recipe) -> bool:
     return recipe.option("compile") == "off" or bool(recipe.config["compile"].get("per_block"))
 
 
-def best(chain: Chain, budget: float, nested: bool) -> tuple[Schedule | None, str | None]:
+def rows_at_once(run: Run) -> int:
+    """Rows of the batch that a rank runs forward before it goes backward."""
+    techniques = [t for chosen in run.recipe.techniques.values() for t in chosen]
+    parts = math.prod(t.data_ranks for t in techniques) * math.prod(t.splits for t in techniques)
+    return max(1, run.recipe.config["workload"]["batch"] // parts)
+
+
+def best(chain: Chain, budget: float, said: Callable[[float], str], nested: bool) -> tuple[Schedule | None, str | None]:
     """The schedule for a share of everything, or None and the reason."""
+    if budget >= 1:  # sizes rounded up to slots would miss it
+        return all_kept(0, len(chain)), None
     optimum = Optimum(chain, chain.everything, nested)
     schedule = optimum.schedule(int(budget * chain.everything))
     if schedule is not None:
@@ -80,10 +147,7 @@ def best(chain: Chain, budget: float, nested: bool) -> tuple[Schedule | None, st
     least = optimum.least_budget
     assert least is not None  # keeping everything is a schedule
     how = "" if nested else " without nesting"
-    return (
-        None,
-        f"checkpointing.budget={budget} is below {least / chain.everything:.3f}, the least that recomputing{how} reaches",
-    )
+    return None, f"{said(least / chain.everything)}, the least that recomputing{how} reaches"
 
 
 def predicted_chain(shape: Shape) -> Chain:

@@ -1,0 +1,110 @@
+"""The time of a generate workload by roofline: a prefill of all prompts, then passes of one token a request.
+
+Each product takes as long as its FLOPs or its bytes, attention of a decode pass as long as reading keys and values; and
+no pass ends before the host has launched its kernels, as many and as slowly as `dyno.plan.time` takes them to be in a
+forward pass of training. On small models that ceiling decides, and it differs by host and kernel: the band is wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dyno.plan.machine import Machine
+from dyno.plan.memory import FP32, block_of, keeps_scores
+from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, product_s
+from dyno.technique import Footprint, Shape
+
+BAND = 0.6  # of the seven records in results/reference/h100/generate-160m the worst, quantized, is 59% off
+
+
+@dataclass(frozen=True)
+class ServingTime:
+    """Seconds by term of the prefill and of one decode pass, the host's launches among them; an empty figure has its
+    reason in `reasons`."""
+
+    requests: int
+    prefill: dict[str, float]
+    decode: dict[str, float]
+    band: float = BAND
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token: the prefill of all prompts together."""
+        return slower(self.prefill)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token of each request."""
+        return None if "tpot_s" in self.reasons else slower(self.decode)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoded tokens of all requests."""
+        return self.requests / self.tpot_s if self.tpot_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "label": "predicted", "ttft_s": self.ttft_s, "tpot_s": self.tpot_s, "tokens_per_s": self.tokens_per_s,
+            "relative_error": self.band, "prefill_terms_s": self.prefill, "decode_terms_s": self.decode,
+            "reasons": self.reasons,
+        }  # fmt: skip
+
+
+def slower(terms: dict[str, float]) -> float:
+    """The device works through everything else while the host launches."""
+    return max(terms["host"], sum(terms.values()) - terms["host"])
+
+
+def pass_terms(
+    shape: Shape, print_: Footprint, machine: Machine, kind: str, tokens: float, context: float, width: float
+) -> dict[str, float]:
+    """Seconds of one forward pass of each of shape.batch requests over `tokens` new tokens, seeing `context` on average.
+
+    Args:
+        width: bytes of an activation and of a key or value.
+    """
+    rate = machine.matmul.get(print_.matmul_dtype or "fp32") or machine.matmul["fp32"]
+    stored = FP32 if print_.weight_bytes is None else print_.weight_bytes * print_.linear_factor
+    rows, h, f = shape.batch * tokens, shape.hidden, shape.ffn
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    pairs = [(q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f)]
+    head_width = max(stored, min(width, 2.0))
+    unfused = keeps_scores(shape, print_)
+    scored = rows * context * shape.heads
+    attention = RAMP_S + max(
+        4 * scored * shape.head_dim / (rate * (print_.attention_rate or 0.4)),
+        2 * shape.batch * (context if tokens == 1 else tokens) * k * width * print_.kv_cache_factor / machine.memory,
+    )
+    attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0
+    kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused and not print_.fused else 0.0)
+    block = block_of(shape, print_)
+    return {
+        "products": shape.layers * sum(product_s(rows, n, m, rate, machine, stored) for n, m in pairs),
+        "attention": shape.layers * attention,
+        "elementwise": shape.layers * 2 * block.kept * rows / machine.memory,
+        "head": product_s(rows, shape.vocab, h, rate, machine, head_width),
+        "host": LAUNCH_S[print_.fused] * kernels * shape.layers if kind == "cuda" else 0.0,
+    }
+
+
+def serving_time(
+    shape: Shape, print_: Footprint, machine: Machine, kind: str, prompt: int, new: int, positions: int = 1
+) -> ServingTime:
+    """Prefill and decode of a generate workload of shape.batch requests.
+
+    Args:
+        positions: tokens a decode pass checks a request; above 1 the number accepted is not known beforehand.
+    """
+    width = max(2.0, min(FP32, FP32 if print_.weight_bytes is None else print_.weight_bytes))
+    prefill = pass_terms(shape, print_, machine, kind, prompt, prompt / 2, width)
+    context = prompt + new / 2
+    cached = print_.kv_cache_factor > 0
+    decode = pass_terms(
+        shape, print_, machine, kind, 1 if cached else context, context if cached else context / 2, width
+    )
+    why = "how many of the drafted tokens a pass accepts is not known before a run"
+    return ServingTime(
+        shape.batch, prefill, decode, reasons=dict.fromkeys(("tpot_s", "tokens_per_s"), why) if positions > 1 else {}
+    )

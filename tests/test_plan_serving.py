@@ -1,0 +1,100 @@
+"""Predicted prefill and decode: rooflines, what moves them, and the errors on committed records."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from dyno import cli
+from dyno.measure.environment import Device
+from dyno.plan import predict
+from dyno.plan.machine import Machine
+from dyno.plan.serving import BAND, serving_time
+from dyno.recipe import compose
+from dyno.technique import Footprint, Shape
+
+ROOT = Path(__file__).parent.parent
+GPU = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), None, 1)
+BF16 = Footprint(weight_bytes=2.0, activation_width=2.0, matmul_dtype="bf16")
+FAST = Machine({"fp32": 5e13, "bf16": 7.5e14}, 3e12, 700, "stated")
+LLAMA = Shape(8_030_000_000, 7_504_000_000, 32, 4096, 14336, 32, 8, 128, 128256, 1, 0)
+
+
+def served(shape=LLAMA, print_=BF16, prompt=1024, new=128, kind="cuda", positions=1):
+    return serving_time(shape, print_, FAST, kind, prompt, new, positions)
+
+
+def batch(rows):
+    return Shape(**{**vars(LLAMA), "batch": rows})
+
+
+def test_a_large_model_s_decode_reads_its_weights_and_its_cache():
+    device = served(kind="cpu")  # no launches: the device alone
+    reading = 2 * LLAMA.linear_parameters / 3e12
+    assert reading < device.tpot_s < 1.6 * reading
+    wide = [served(batch(n), kind="cpu").decode for n in (64, 128)]
+    context, key_bytes = 1024 + 64, 2 * 2 * 8 * 128 * 32
+    assert wide[1]["attention"] - wide[0]["attention"] == pytest.approx(64 * context * key_bytes / 3e12, rel=0.01)
+    assert wide[1]["products"] < 1.1 * wide[0]["products"]
+    assert served(batch(64)).tokens_per_s > 20 * served(batch(1)).tokens_per_s
+
+
+def test_a_prefill_is_its_flops():
+    prefill = served(batch(8)).prefill
+    flops = 2 * (LLAMA.linear_parameters - LLAMA.vocab * LLAMA.hidden) * 8 * 1024
+    assert prefill["products"] == pytest.approx(flops / 7.5e14, rel=0.05)
+    assert served(batch(8)).ttft_s > prefill["products"] > served(batch(4)).prefill["products"]
+
+
+def test_what_moves_a_pass():
+    narrow = Footprint(weight_bytes=0.56, activation_width=2.0, matmul_dtype="bf16")
+    assert served(print_=narrow, kind="cpu").tpot_s < 0.5 * served(kind="cpu").tpot_s
+    bare = Footprint(weight_bytes=2.0, activation_width=2.0, matmul_dtype="bf16", kv_cache_factor=0.0)
+    assert served(print_=bare, kind="cpu").tpot_s > 3 * served(kind="cpu").tpot_s
+    small = Shape(**{**vars(LLAMA), "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 4, "head_dim": 64})
+    found = served(small)
+    assert found.tpot_s == found.decode["host"] == found.ttft_s  # the host's launches bind both
+    guess = served(positions=5)
+    assert guess.tpot_s is guess.tokens_per_s is None and "not known" in guess.reasons["tpot_s"] and guess.ttft_s > 0
+
+
+def test_errors_on_committed_records_stay_inside_the_band_and_are_told(capsys):
+    """Whatever they are: nothing in the predictor is fitted to these runs."""
+    spec = importlib.util.spec_from_file_location("serving_error", ROOT / "benchmarks" / "serving_error.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = module.errors()
+    assert len(rows) >= 7
+    for row in rows:
+        for name in ("ttft_s", "tpot_s"):
+            error = row[f"{name}_error"]
+            print(
+                row["attention"],
+                row["quantization"],
+                row["decoding"],
+                name,
+                "not predicted" if error is None else f"{error:+.0%}",
+            )
+            assert (error is None) == (row["decoding"] == "speculative" and name == "tpot_s")
+            assert error is None or abs(error) <= BAND
+    committed = json.loads((ROOT / "results" / "reference" / "planner" / "serving.json").read_text())
+    for row, old in zip(rows, committed["rows"], strict=True):
+        assert row["ttft_s_error"] == pytest.approx(old["ttft_s_error"], abs=1e-6)
+
+
+def test_the_plan_of_a_generate_workload_says_so(capsys):
+    words = ["model=1b", "hardware=h100", "precision=bf16", "workload=generate", "attention=sdpa_flash"]
+    assert cli.main(["plan", *words]) == 0
+    shown = capsys.readouterr()
+    out = json.loads(shown.out.strip().splitlines()[-1])
+    serving = out["serving"]
+    assert serving["label"] == "predicted" and serving["relative_error"] == BAND
+    assert out["tokens_per_s"] == serving["tokens_per_s"] == pytest.approx(4 / serving["tpot_s"])
+    assert "ttft" in shown.err and "decode pass" in shown.err and "predicted, +-60%" in shown.err
+    assert predict(compose([*words[:3], "workload=eval"]), GPU).serving is None
+    guess = predict(compose([*words, "decoding=speculative"]), GPU)
+    assert guess.tokens_per_s is None and guess.serving.ttft_s > 0
