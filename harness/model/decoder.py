@@ -1,9 +1,10 @@
 """One readable decoder: RoPE, RMSNorm, SwiGLU, MHA/GQA/MQA by the number of KV heads, tied or untied embeddings.
 
 Shapes: B sequences, S query tokens, T tokens in all (cached + new), H query heads, G KV heads, D head width, E hidden.
-Seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), `positions`
-(which a rank that holds part of a sequence counts otherwise), `project` of attention and MLP (linear layers of one
-input), `head_loss` (the head and the loss in one), and the cache that `forward` is given.
+Seams are plain attributes that a run sets: `attend` (the attention kernel, given `documents` too where rows hold several),
+`call_block` (checkpointing), `positions` (which a rank that holds part of a sequence counts otherwise), `project` of
+attention and MLP (linear layers of one input), `head_loss` (the head and the loss in one), and the cache that `forward`
+is given.
 """
 
 from __future__ import annotations
