@@ -33,6 +33,7 @@ AXES: tuple[Axis, ...] = (
     Axis("precision", "train", "fp32", "number formats of weights and arithmetic", shared=True),
     Axis("attention", "train", "math", "how softmax(QK')V is computed", shared=True),
     Axis("parallelism", "train", "none", "how a step is split over ranks"),
+    Axis("packing", "train", "stream", "how documents become the rows of a step"),
     Axis("checkpointing", "train", "none", "which activations are kept and which recomputed"),
     Axis("accumulation", "train", "none", "micro-batches a step"),
     Axis("offload", "train", "none", "what leaves the device's memory"),

@@ -56,7 +56,7 @@ class Recipe:
         return {axis.name: [make(node, self.plugins) for node in self._nodes(axis.name)] for axis in AXES}
 
     def _nodes(self, axis: str) -> list[dict[str, Any]]:
-        node = self.config.get(axis) or {}
+        node = self.config.get(axis, BASELINE) or {}  # a record older than the axis did without it
         if BY_NAME[axis].many:
             return [node[name] for name in node if isinstance(node[name], dict)]
         return [node]

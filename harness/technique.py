@@ -63,7 +63,9 @@ class Footprint:
     Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
     `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
     query head has its own copy of its KV head; `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix;
-    `attention_rate` of a fused forward pass, as a share of the matrix products'.
+    `attention_rate` of a fused forward pass, as a share of the matrix products'. `document_mask`: rows hold documents
+    that see nothing of each other, by a mask of (s, s) in memory unless the attention `skips_documents`; then only
+    `document_share` of a row's keys are looked at.
     """
 
     weight_bytes: float | None = None
@@ -84,11 +86,14 @@ class Footprint:
     logits_factor: float = 1.0
     flops_factor: float = 1.0
     kv_cache_factor: float = 1.0
+    document_share: float = 1.0
     micro_batches: float = 1.0
     attention_matrix: bool = False
     score_copy: bool = False
     expanded_heads: bool = False
     wide_groups_unfused: bool = False
+    document_mask: bool = False
+    skips_documents: bool = False
     fused: bool = False
     fused_loss: bool = False
     master_bytes: float = 0.0

@@ -7,6 +7,9 @@ without a mask; only the tiles on the diagonal and at the end of the keys comput
 Few queries (decoding) would leave a GPU idle, so their keys are split over programs whose partial results are merged by
 their log-sum-exp (Flash-Decoding), and the query heads of one key head share a tile, which reads the cache once.
 
+Rows of several documents: a tile's walk begins at the first key of its first document, with a mask up to the first key of
+its last one.
+
 The backward recomputes the probabilities from the log-sum-exp in plain PyTorch, a chunk of queries at a time: right and
 linear in memory, but not fused, so slow. Train with an `sdpa` backend where speed matters.
 """
@@ -55,11 +58,11 @@ def choose_tiles(dim: int, dtype: torch.dtype, queries: int) -> Tiles:
 
 @triton.jit
 def _walk(
-    acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, begin, end, keys, last_seen, scale_log2,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, begin, end, keys, first_seen, last_seen, scale_log2,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold keys begin..end into (acc, total, peak). Only MASKED tiles look at `keys` and `last_seen`."""
+    """Fold keys begin..end into (acc, total, peak). Only MASKED tiles look at `keys`, `first_seen` and `last_seen`."""
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     k_tile = k_base + begin.to(tl.int64) * stride_ks + columns[:, None] * stride_ks + dims[None, :]
@@ -83,6 +86,8 @@ def _walk(
             visible = ((start + columns) < keys)[None, :]
             if CAUSAL:
                 visible = visible & ((start + columns)[None, :] <= last_seen[:, None])
+            if DOCUMENTS:
+                visible = visible & ((start + columns)[None, :] >= first_seen[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
         anchor = new_peak
@@ -100,13 +105,14 @@ def _walk(
 
 @triton.jit
 def _forward(
-    Q, K, V, Out, Lse,
+    Q, K, V, Starts, Out, Lse,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     heads, groups, queries, keys, split_keys, scale_log2,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    DOCUMENTS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out (splits, B, H, Sq, D) and Lse (splits, B, H, Sq) are contiguous; the grid is (row tiles * B * H, splits)."""
+    """Out (splits, B, H, Sq, D), Lse (splits, B, H, Sq) and Starts (B, Sq), of which only DOCUMENTS are read, are
+    contiguous; the grid is (row tiles * B * H, splits)."""
     row_tiles = tl.cdiv(queries, BLOCK_M)
     # The longest rows of a causal problem start first, and neighbours share a head's keys in the L2 cache.
     row_tile = row_tiles - 1 - tl.program_id(0) % row_tiles
@@ -129,22 +135,35 @@ def _forward(
     begin = tl.program_id(1) * split_keys
     end = tl.minimum(keys, begin + split_keys)
     shift = keys - queries
+    first_seen = rows  # of no account without documents
+    if DOCUMENTS:
+        first_seen = tl.load(Starts + batch * queries + rows, mask=rows < queries, other=0)
+        lowest = tl.min(tl.where(rows < queries, first_seen, keys), 0)
+        begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
     clear = end  # where keys that all rows of the tile see end
     if CAUSAL:
         clear = tl.minimum(end, first_row + shift + 1)
         end = tl.minimum(end, first_row + BLOCK_M + shift)
     clear = begin + tl.maximum(clear - begin, 0) // BLOCK_N * BLOCK_N
+    opened = begin  # where keys that all rows of the tile see begin
+    if DOCUMENTS:
+        opened = tl.minimum(clear, tl.maximum(begin, tl.cdiv(tl.max(first_seen, 0), BLOCK_N) * BLOCK_N))
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    if DOCUMENTS:
+        acc, total, peak = _walk(
+            acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, begin, opened, keys, first_seen, rows + shift,
+            scale_log2, DIM, BLOCK_D, BLOCK_N, CAUSAL, DOCUMENTS, True, UPCAST, PRECISION,
+        )  # fmt: skip
     acc, total, peak = _walk(
-        acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, begin, clear, keys, rows + shift, scale_log2,
-        DIM, BLOCK_D, BLOCK_N, CAUSAL, False, UPCAST, PRECISION,
+        acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, opened, clear, keys, first_seen, rows + shift,
+        scale_log2, DIM, BLOCK_D, BLOCK_N, CAUSAL, DOCUMENTS, False, UPCAST, PRECISION,
     )  # fmt: skip
     acc, total, peak = _walk(
-        acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, clear, end, keys, rows + shift, scale_log2,
-        DIM, BLOCK_D, BLOCK_N, CAUSAL, True, UPCAST, PRECISION,
+        acc, total, peak, q, k_base, v_base, stride_ks, stride_vs, clear, end, keys, first_seen, rows + shift,
+        scale_log2, DIM, BLOCK_D, BLOCK_N, CAUSAL, DOCUMENTS, True, UPCAST, PRECISION,
     )  # fmt: skip
 
     empty = total == 0.0
@@ -188,7 +207,14 @@ def choose_splits(programs: int, queries: int, keys: int, processors: int) -> in
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, tiles: Tiles | None, splits: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    starts: Tensor | None,
+    tiles: Tiles | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, Sq, D) and log-sum-exp (B, H, Sq) in fp32."""
     batch, heads, queries, dim = q.shape
@@ -196,7 +222,8 @@ def _launch(
     if queries == 1 and heads > kv_heads:
         # One query a head: the heads of one key head become the rows of one tile. No mask: it sees every key.
         packed = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-        out, lse = _launch(packed, k, v, False, scale, tiles, splits)
+        shared = None if starts is None else starts.expand(-1, heads // kv_heads)
+        out, lse = _launch(packed, k, v, False, scale, shared, tiles, splits)
         return out.view(batch, heads, 1, dim), lse.view(batch, heads, 1)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tiles = tiles or choose_tiles(dim, q.dtype, queries)
@@ -208,10 +235,10 @@ def _launch(
     out = torch.empty((splits, batch, heads, queries, dim), dtype=out_type, device=q.device)
     lse = torch.empty((splits, batch, heads, queries), dtype=torch.float32, device=q.device)
     _forward[(programs, splits)](
-        q, k, v, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, q if starts is None else starts.contiguous(), out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         heads, heads // kv_heads, queries, keys, split_keys, scale * LOG2_E,
         DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-        CAUSAL=causal and queries > 1,
+        CAUSAL=causal and queries > 1, DOCUMENTS=starts is not None,
         # The interpreter computes bf16 products wrongly without a word; fp32 products are TF32 unless asked otherwise.
         UPCAST=INTERPRETED and q.dtype != torch.float32, PRECISION="ieee",
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -228,9 +255,20 @@ def _launch(
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    causal: bool,
+    scale: float,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; products in the inputs' type, sums over chunks of queries in fp32."""
+    """Gradients of q, k and v; products in the inputs' type, sums over chunks of queries in fp32.
+
+    With documents the host waits for the first key of every chunk: the keys before it are left out.
+    """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     grouped = (batch, kv_heads, heads // kv_heads, queries)
@@ -240,23 +278,27 @@ def _backward(
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     columns = torch.arange(keys, device=q.device)
+    firsts = None if starts is None else starts.amin(0).tolist()
     for begin in range(0, queries, BACKWARD_ROWS):
         rows = slice(begin, min(queries, begin + BACKWARD_ROWS))
         seen = min(keys, rows.stop + keys - queries) if causal else keys
         if seen <= 0:
             continue
-        k_part, v_part = k[:, :, :seen], v[:, :, :seen]
+        part = slice(min(firsts[rows]) if firsts else 0, seen)
+        k_part, v_part = k[:, :, part], v[:, :, part]
         q_rows, grad_rows = q[:, :, :, rows].flatten(2, 3), grad[:, :, :, rows].flatten(2, 3)
         scores = (q_rows @ k_part.transpose(-1, -2)).float() * scale - lse[:, :, :, rows].flatten(2, 3).unsqueeze(-1)
         weights = scores.exp().unflatten(2, (grouped[2], -1))
         if causal:
             last_seen = torch.arange(rows.start, rows.stop, device=q.device) + keys - queries
-            weights = weights.masked_fill(columns[:seen] > last_seen[:, None], 0.0)
+            weights = weights.masked_fill(columns[part] > last_seen[:, None], 0.0)
+        if starts is not None:
+            weights = weights.masked_fill(columns[part] < starts[:, None, None, rows, None], 0.0)
         weights = weights.flatten(2, 3)
-        dv[:, :, :seen] += weights.to(q.dtype).transpose(-1, -2) @ grad_rows
+        dv[:, :, part] += weights.to(q.dtype).transpose(-1, -2) @ grad_rows
         slope = (grad_rows @ v_part.transpose(-1, -2)).float() - delta[:, :, :, rows].flatten(2, 3).unsqueeze(-1)
         slope = (weights * slope * scale).to(q.dtype)
-        dk[:, :, :seen] += slope.transpose(-1, -2) @ q_rows
+        dk[:, :, part] += slope.transpose(-1, -2) @ q_rows
         dq[:, :, :, rows] = (slope @ k_part).unflatten(2, (grouped[2], -1))
     return dq.reshape(batch, heads, queries, dim), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -264,21 +306,30 @@ def _backward(
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, launch: dict[str, Any]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        starts: Tensor | None,
+        launch: dict[str, Any],
     ) -> Tensor:
-        out, lse = _launch(q, k, v, causal, scale, launch.get("tiles"), launch.get("splits"))
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = _launch(q, k, v, causal, scale, starts, **launch)
+        ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return (*_backward(q, k, v, out, lse, grad, ctx.causal, ctx.scale), None, None, None)
+        q, k, v, out, lse, starts = ctx.saved_tensors
+        return (*_backward(q, k, v, out, lse, grad, ctx.causal, ctx.scale, starts), None, None, None, None)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, **launch: Any) -> Tensor:
-    """See `dyno.kernels.attention.triton_attention`; the shapes are already checked."""
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, starts: Tensor | None = None, **launch: Any
+) -> Tensor:
+    """See `dyno.kernels.attention.triton_attention`; the shapes are already checked. `starts` (B, Sq) int32."""
     missing = triton_missing(q.device)
     if missing:
         raise UserError(f"triton_attention: {missing}")
@@ -289,5 +340,5 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float,
     if not scale > 0:
         raise UserError(f"triton_attention takes a positive scale, got {scale}")
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return _launch(q, k, v, causal, scale, launch.get("tiles"), launch.get("splits"))[0]
-    return _Flash.apply(q, k, v, causal, scale, launch)
+        return _launch(q, k, v, causal, scale, starts, **launch)[0]
+    return _Flash.apply(q, k, v, causal, scale, starts, launch)

@@ -3,7 +3,8 @@
 Shapes: B sequences, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv), Sq queries, Sk keys, D head width.
 `q` is (B, Hq, Sq, D), `k` and `v` are (B, Hkv, Sk, D), the result is (B, Hq, Sq, D) in the type of `q`. Query head h
 reads key head h // (Hq // Hkv). A causal mask is aligned to the bottom right: query i sees key j when
-j <= i + Sk - Sq, so that one new token sees its whole cache. A query that sees no key gives zeros.
+j <= i + Sk - Sq, so that one new token sees its whole cache. A query that sees no key gives zeros. Where rows hold several
+documents, a query sees no key before its own document's first (`Documents`).
 
 `reference` is the specification. `triton_attention` (FlashAttention-2, Dao 2023, arXiv:2307.08691) and `sdpa` are held
 against it.
@@ -43,7 +44,37 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+class Documents:
+    """Rows of several documents: `starts` (B, Sq) int32 is the key where the document of each query begins.
+
+    Every query must see a key. The mask is made once, for all layers of a forward pass.
+    """
+
+    def __init__(self, starts: Tensor):
+        self.starts = starts
+        self._made: tuple[Any, Tensor] | None = None
+
+    def bias(self, keys: int, causal: bool, dtype: torch.dtype) -> Tensor:
+        """(B, 1, Sq, Sk): 0 where a query sees a key, else -inf."""
+        if self._made is None or self._made[0] != (keys, causal, dtype):
+            queries, device = self.starts.shape[1], self.starts.device
+            seen = torch.arange(keys, device=device) >= self.starts[:, None, :, None]
+            if causal:
+                seen = seen & causal_mask(queries, keys, device)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, -torch.inf)
+            self._made = (keys, causal, dtype), bias
+        return self._made[1]
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
     """Attention as it is written by hand: products in the type of the inputs, softmax in fp32 or wider."""
     _check(q, k, v)
     batch, heads, queries, dim = q.shape
@@ -51,18 +82,28 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float 
     grouped = q.reshape(batch, kv_heads, -1, dim)  # the heads of one key head side by side: no copy of K and V
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, queries, keys)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (dim**-0.5 if scale is None else scale)
-    if causal and queries > 1:
+    if documents is not None:
+        scores = scores + documents.bias(keys, causal, scores.dtype)
+    elif causal and queries > 1:
         visible = causal_mask(queries, keys, q.device)
         # The smallest number and not -inf: softmax of a row without keys, and its gradient, stay finite.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1)
-    if causal and queries > keys:
+    if causal and queries > keys and documents is None:
         weights = weights.masked_fill(~visible, 0.0)
     out = weights.to(v.dtype).view(batch, kv_heads, -1, keys) @ v
     return out.view(batch, heads, queries, dim)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
     """The specification: `eager` in fp32 (fp64 for fp64 inputs) throughout, rounded once at the end.
 
     Scores over REFERENCE_SCORES_BYTES are computed for some of the heads, then the others.
@@ -72,21 +113,27 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     if kv_heads > 1 and 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > REFERENCE_SCORES_BYTES:
         groups = _check(q, k, v)
         few = (slice(0, kv_heads // 2), slice(kv_heads // 2, None))
-        parts = [
-            reference(
-                q.unflatten(1, (kv_heads, groups))[:, s].flatten(1, 2), k[:, s], v[:, s], causal=causal, scale=scale
-            )
-            for s in few
-        ]
-        return torch.cat(parts, 1)
+        heads = q.unflatten(1, (kv_heads, groups))
+        more: dict[str, Any] = {"causal": causal, "scale": scale, "documents": documents}
+        return torch.cat([reference(heads[:, s].flatten(1, 2), k[:, s], v[:, s], **more) for s in few], 1)
     with torch.autocast(q.device.type, enabled=False):
-        return eager(q.to(wide), k.to(wide), v.to(wide), causal=causal, scale=scale).to(q.dtype)
+        out = eager(q.to(wide), k.to(wide), v.to(wide), causal=causal, scale=scale, documents=documents)
+        return out.to(q.dtype)
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, **launch: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    documents: Documents | None = None,
+    **launch: Any,
 ) -> Tensor:
     """FlashAttention in Triton; differentiable (see `dyno.kernels._flash` for what the backward does).
+
+    Of rows of several documents it walks over the keys of a tile's own documents only.
 
     Args:
         launch: `tiles` (a `Tiles`) and `splits` override the heuristics; benchmarks and tests use them.
@@ -100,7 +147,8 @@ def triton_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    return flash_attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, **launch)
+    starts = None if documents is None else documents.starts
+    return flash_attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale, starts, **launch)
 
 
 def decided(condition: Any) -> bool:
@@ -111,12 +159,20 @@ def decided(condition: Any) -> bool:
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    documents: Documents | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, its backend forced unless it is "auto".
 
     PyTorch aligns its own causal flag to the top left, so it is used for square problems only; one query needs no
     mask; other shapes get an explicit mask, or for the CUDA flash kernel, which takes none, PyTorch's bias object.
+    Documents are a mask of the inputs' type.
 
     Raises:
         RuntimeError: from PyTorch, when the forced backend cannot take these inputs.
@@ -127,12 +183,15 @@ def sdpa(
     groups = _check(q, k, v)
     queries, keys = q.shape[2], k.shape[2]
     square = queries == keys
-    bottom_right = causal and queries > 1 and not square
+    bottom_right = causal and queries > 1 and not square and documents is None
     native_bias = bottom_right and backend == "flash" and q.device.type == "cuda"
     if groups > 1 and (backend == "efficient" or native_bias):  # neither knows grouped heads
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     mask: Any = None
-    if native_bias:
+    if documents is not None:
+        autocast = torch.is_autocast_enabled(q.device.type)
+        mask = documents.bias(keys, causal, torch.get_autocast_dtype(q.device.type) if autocast else q.dtype)
+    elif native_bias:
         if queries > keys:
             raise UserError(f"sdpa_flash has no causal attention for {queries} queries over {keys} keys")
         mask = causal_lower_right(queries, keys)
@@ -149,7 +208,7 @@ def sdpa(
     with sdpa_kernel(forced[backend]) if backend != "auto" else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale,
-            is_causal=decided(causal and square and queries > 1), enable_gqa=decided(groups > 1),
+            is_causal=decided(causal and square and queries > 1 and documents is None), enable_gqa=decided(groups > 1),
         )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ Not collected by itself: the interpreter must be chosen before Triton is first i
 import pytest
 import torch
 from test_attention_techniques import build, device, recipe, run
-from test_kernels_attention import CASES, problem
+from test_kernels_attention import CASES, DOCUMENTS, problem, starts_of
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
 from test_optimizers import compare_single_passes, compare_steps
+from test_packing import packed_row_trains_like_its_documents
 
 from dyno.errors import UserError
 from dyno.kernels import (
@@ -76,6 +77,34 @@ def test_gradients(queries, keys, causal, monkeypatch):
         grads.append([x.grad for x in tensors])
     for expected, got in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
+def test_documents_and_their_gradients(lengths, monkeypatch):
+    """Small tiles: of one document, of parts of several, and of a document longer than several tiles."""
+    monkeypatch.setattr(_flash, "BACKWARD_ROWS", 16)
+    tokens, grads = sum(lengths[0]), []
+    for fn, launch in ((attention.reference, {}), (attention.triton_attention, {"tiles": Tiles(16, 16, 4, 1)})):
+        tensors = [x.requires_grad_() for x in problem(len(lengths), 4, 2, tokens, tokens, 32)]
+        out = fn(*tensors, documents=attention.Documents(starts_of(lengths)), **launch)
+        (out * torch.linspace(-1, 1, 32)).sum().backward()
+        grads.append([out.detach(), *(x.grad for x in tensors)])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_documents_in_half_precision(dtype):
+    starts = attention.Documents(starts_of([[100, 30, 20]]))
+    q, k, v = problem(1, 4, 2, 150, 150, 64, dtype)
+    expected = attention.reference(q, k, v, documents=starts)
+    torch.testing.assert_close(
+        attention.triton_attention(q, k, v, documents=starts), expected, **attention.tolerance(dtype)
+    )
+
+
+def test_a_packed_row_trains_like_its_documents(tmp_path):
+    packed_row_trains_like_its_documents(tmp_path, ["attention=triton_flash"])
 
 
 def test_user_mistakes_are_one_line():

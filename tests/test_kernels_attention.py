@@ -1,6 +1,7 @@
 """The Triton attention in the interpreter against the reference, and what its compiled form contains."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -57,6 +58,31 @@ def test_sdpa_matches_reference(case, backend):
     torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(torch.float32))
 
 
+DOCUMENTS = [[[40]], [[1] * 7], [[3, 1, 36], [38, 1, 1]], [[16, 16, 16], [17, 15, 16]], [[5, 70, 2, 16, 1], [94]]]
+
+
+def starts_of(lengths):
+    """(B, S) int32 of rows of documents so long: where each begins."""
+    rows = [[sum(row[:i]) for i, length in enumerate(row) for _ in range(length)] for row in lengths]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", ["eager", "auto", "flash", "math"])
+@pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
+def test_documents_attend_as_if_alone(lengths, name):
+    q, k, v = problem(len(lengths), 4, 2, sum(lengths[0]), sum(lengths[0]), 16)
+    documents = op.Documents(starts_of(lengths))
+    attend = op.eager if name == "eager" else partial(op.sdpa, backend=name)
+    out = attend(q, k, v, documents=documents)
+    for row, inside in enumerate(lengths):
+        at = 0
+        for length in inside:
+            alone = [x[row : row + 1, :, at : at + length] for x in (q, k, v)]
+            got = out[row : row + 1, :, at : at + length]
+            torch.testing.assert_close(got, op.reference(*alone), atol=2e-5, rtol=2e-5)
+            at += length
+
+
 def test_every_operation_has_the_same_surface():
     assert "attention" in operations()
     for name in operations():
@@ -82,6 +108,23 @@ def test_on_gpu(case, dtype):
     q, k, v = (x.cuda() for x in problem(*case[:-1], dtype))
     out = op.triton_attention(q, k, v, causal=case[-1])
     torch.testing.assert_close(out, op.reference(q, k, v, causal=case[-1]), **op.tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["triton", "auto", "efficient", "math", "eager"])
+@pytest.mark.parametrize("lengths", [*DOCUMENTS, [[300, 1, 700, 23], [1023, 1]]], ids=str)
+def test_documents_on_gpu(lengths, name, dtype):
+    tokens, grads, tolerance = sum(lengths[0]), [], op.tolerance(dtype)
+    documents = op.Documents(starts_of(lengths).cuda())
+    own = {"triton": op.triton_attention, "eager": op.eager}
+    for fn in (op.reference, own.get(name) or partial(op.sdpa, backend=name)):
+        tensors = [x.cuda().requires_grad_() for x in problem(len(lengths), 4, 2, tokens, tokens, 64, dtype)]
+        out = fn(*tensors, documents=documents)
+        (out * torch.linspace(-1, 1, 64, device="cuda")).sum().backward()
+        grads.append([out.detach(), *(x.grad for x in tensors)])
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=4 * tolerance["atol"], rtol=4 * tolerance["rtol"])
 
 
 @pytest.mark.gpu

@@ -46,17 +46,17 @@ def compiled(fn, pointers, constants, warps, stages):
     }
 
 
-def attention(dim, queries, dtype="bfloat16"):
+def attention(dim, queries, dtype="bfloat16", documents=False):
     import torch
 
     from dyno.kernels import _flash
 
     tiles = _flash.choose_tiles(dim, getattr(torch, dtype), queries)
     element = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
-    pointers = {**dict.fromkeys(("Q", "K", "V", "Out"), element), "Lse": "fp32"}
+    pointers = {**dict.fromkeys(("Q", "K", "V", "Out"), element), "Starts": "i32", "Lse": "fp32"}
     constants = {
         "DIM": dim, "BLOCK_D": dim, "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "CAUSAL": queries > 1,
-        "UPCAST": False, "PRECISION": "ieee",
+        "DOCUMENTS": documents, "UPCAST": False, "PRECISION": "ieee",
     }  # fmt: skip
     return compiled(_flash._forward, pointers, constants, tiles.warps, tiles.stages)
 
@@ -120,13 +120,15 @@ def test_sm90_code():
     for name, use in found.items():
         assert use["stack_bytes"] == 0, (name, use)
         assert use["shared_bytes"] <= 227 * 1024, (name, use)
-    assert all(found[name]["wgmma"] > 0 for name in ("prefill_d128", "prefill_d64", "int4")), found
+    assert all(found[name]["wgmma"] > 0 for name in ("prefill_d128", "prefill_d64", "documents_d128", "int4")), found
 
 
 if __name__ == "__main__":
     print(json.dumps({
         "prefill_d128": attention(128, 4096),
         "prefill_d64": attention(64, 4096),
+        "documents_d128": attention(128, 4096, documents=True),
+        "documents_d64": attention(64, 4096, documents=True),
         "decode_d128": attention(128, 1),
         "fp32_d64": attention(64, 4096, "float32"),
         "int4": linear(4),

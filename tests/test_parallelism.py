@@ -49,6 +49,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "one_stochastic_bf16": (1, ["precision=bf16_stochastic"]),
     "one_muon": (1, ["optimizer=muon"]),
     "one_adamw8bit": (1, ["optimizer=adamw8bit"]),
+    "one_documents": (1, ["packing=documents"]),
+    "one_padded": (1, ["packing=padded"]),
     "ddp": (2, ["parallelism=ddp"]),
     "ddp_twice": (2, ["parallelism=ddp", *TWICE]),
     "zero1": (2, ["parallelism=zero1", *TWICE]),
@@ -76,6 +78,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero3_adamw8bit": (2, ["parallelism=zero3", "optimizer=adamw8bit"]),
     "zero3_chunked": (2, ["parallelism=zero3", "loss=chunked", "loss.rows=10"]),
     "ddp_chunked": (2, ["parallelism=ddp", "loss=chunked", "loss.rows=10"]),
+    "ddp_documents": (2, ["parallelism=ddp", "packing=documents", *TWICE]),
+    "zero3_documents": (2, ["parallelism=zero3", "packing=documents"]),
+    "tensor_documents": (2, ["parallelism=tensor", "packing=documents"]),
+    "1f1b_padded": (2, [*pipeline("1f1b"), "packing=padded"]),
+    "zero3_padded": (2, ["parallelism=zero3", "packing=padded", *TWICE]),
     "hybrid": (4, ["parallelism=hybrid", *TWICE]),
     "zero3_reshard": (4, ["parallelism=zero3", "parallelism.dp=4", "parallelism.reshard_to=2"]),
     "ring_of_four": (4, mesh(cp=4, zero=1)),
@@ -89,8 +96,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cp_tp": (4, mesh(cp=2, tp=2, context="ulysses")),
     "dp_tp_pp": (8, mesh(dp=2, tp=2, pp=2, zero=1)),
 }  # fmt: skip
+PACKED = ("documents", "padded")  # of the stream's documents of 20 tokens: rows with unlike numbers of targets
 EXACT = [
-    case for case in CASES if not case.startswith("one") and not case.endswith(("bf16", "chunked", "muon", "8bit"))
+    case
+    for case in CASES
+    if not case.startswith("one") and not case.endswith(("bf16", "chunked", "muon", "8bit", *PACKED))
 ]
 
 
@@ -114,7 +124,7 @@ def trained(case: str, recipe: Recipe, directory: Path, rank: int = 0) -> dict[s
     torch.manual_seed(0)  # of the biases
     model = tiny.model(sharpness=3.0, **sizes(case)).train()
     run = train.prepared_run(made, model)
-    trainer = train.Trainer(run, STREAM, WORKLOAD, seed=0)
+    trainer = train.Trainer(run, STREAM, WORKLOAD, seed=0, end_token=19)
     out: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -230,6 +240,17 @@ def test_other_optimizers_step_on_sharded_parameters(case, results):
 def test_ranks_with_the_head_in_chunks_train_like_one_process(case, results):
     for seen in results[case]:
         torch.testing.assert_close(seen["losses"], results["one"][0]["losses"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith(PACKED) and not case.startswith("one")])
+def test_rows_with_unlike_numbers_of_targets_train_like_one_process(case, results):
+    expected = results["one_" + case.split("_")[1]][0]
+    assert expected["losses"][-1] < expected["losses"][0] - 0.1
+    gradients = [name for name in expected if name.startswith("gradient.")]
+    for seen in results[case]:
+        torch.testing.assert_close(seen["losses"], expected["losses"], atol=1e-5, rtol=0)
+    for name in gradients:
+        torch.testing.assert_close(results[case][0][name], expected[name], atol=1e-5, rtol=1e-4)
 
 
 def layout_of(case: str):

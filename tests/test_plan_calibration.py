@@ -119,6 +119,12 @@ def test_a_plan_uses_what_was_stored_for_its_device(plain, tmp_path):
     assert after.peak_memory_bytes > before.peak_memory_bytes == other.peak_memory_bytes
 
 
+def test_a_record_older_than_an_axis_still_teaches(plain):
+    made = record(plain, 0)
+    older = {**made, "config": {k: v for k, v in made["config"].items() if k != "packing"}}
+    assert calibrate.sample_of(older) == calibrate.sample_of(made)
+
+
 def test_a_stranger_s_record_is_data_and_a_bad_one_is_counted(plain, tmp_path):
     good, foreign, broken, half = (record(plain, i) for i in range(4))
     foreign["config"]["attention"] = {"_target_": "os.system"}

@@ -1,22 +1,24 @@
 """One readable decoder: RoPE, RMSNorm, SwiGLU, MHA/GQA/MQA by the number of KV heads, tied or untied embeddings.
 
 Shapes: B sequences, S query tokens, T tokens in all (cached + new), H query heads, G KV heads, D head width, E hidden.
-Seams are plain attributes that a run sets: `attend` (the attention kernel), `call_block` (checkpointing), `positions`
-(which a rank that holds part of a sequence counts otherwise), `project` of attention and MLP (linear layers of one
-input), `head_loss` (the head and the loss in one), and the cache that `forward` is given.
+Seams are plain attributes that a run sets: `attend` (the attention kernel, given `documents` too where rows hold several),
+`call_block` (checkpointing), `positions` (which a rank that holds part of a sequence counts otherwise), `project` of
+attention and MLP (linear layers of one input), `head_loss` (the head and the loss in one), and the cache that `forward`
+is given.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyno.kernels.attention import eager
+from dyno.kernels.attention import Documents, eager
 from dyno.model.config import ModelConfig
 
 Attend = Callable[..., Tensor]
@@ -155,7 +157,10 @@ def initial_std(name: str, config: ModelConfig) -> float:
 
 
 class Decoder(nn.Module):
-    """tokens (B, S) -> logits (B, S, vocab_size), or what `head_loss` makes of them where targets (B, S) are given."""
+    """tokens (B, S) -> logits (B, S, vocab_size), or what `head_loss` makes of them where targets (B, S) are given.
+
+    `starts` (B, S) int32, where the document of each token begins in its row, keeps documents apart.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -187,24 +192,35 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
-    def rotary(self, start: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (count, D) of the positions from `start` on, in the type and on the device of `like`."""
-        angles = torch.outer(self.positions(start, count, like.device), self.inverse_frequency.float())
+    def rotary(self, start: int, count: int, like: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions from `start` on, (count, D), in the type and on the device of `like`; of
+        the positions in their documents, (B, 1, count, D), where `starts` (B, count) says where those begin."""
+        positions = self.positions(start, count, like.device)
+        if starts is not None:
+            positions = (positions - starts).unsqueeze(1)
+        angles = positions.unsqueeze(-1) * self.inverse_frequency.float()
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
-    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """tokens (B, S) -> final normed states (B, S, E)."""
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None) -> Tensor:
+        """tokens (B, S) -> final normed states (B, S, E); attention stays in documents where their starts are given."""
         x = self.embedded(tokens)
-        cos, sin = self.rotary(cache.length if cache is not None else 0, tokens.shape[1], x)
+        cos, sin = self.rotary(cache.length if cache is not None else 0, tokens.shape[1], x, starts)
+        attend = self.attend if starts is None else partial(self.attend, documents=Documents(starts))
         for block in self.blocks:
-            x = self.call_block(block, x, cos, sin, self.attend, cache)
+            x = self.call_block(block, x, cos, sin, attend, cache)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, targets: Tensor | None = None) -> Tensor:
-        hidden = self.hidden_states(tokens, cache)
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        targets: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.hidden_states(tokens, cache, starts)
         if targets is None:
             return self.lm_head(hidden)
         assert self.head_loss is not None, "targets are for a run whose loss takes over the head"

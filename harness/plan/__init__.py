@@ -178,7 +178,8 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         return plan
     plan.wire_bytes_per_step = time.wire_bytes(share)
     plan.bubble, plan.ranks, plan.tokens_per_step = share.bubble, share.ranks, shape.batch * shape.seq
-    attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq
+    looked_at = share.document_share if share.skips_documents else 1.0
+    attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq * looked_at
     plan.flops_per_step = plan.tokens_per_step * (6.0 * shape.linear_parameters + attention) * share.flops_factor
     found = load(device.name)
     kind = "compiled" if share.fused else "eager"

@@ -6,6 +6,7 @@ FOR_MEMORY = {
     "logits": "a loss that does not hold all logits, or smaller micro-batches (accumulation)",
     "activations": "checkpointing, or smaller micro-batches (accumulation)",
     "recomputed inside": "shorter checkpointed segments, or smaller micro-batches (accumulation)",
+    "mask": "an attention kernel that takes documents without a mask, or smaller micro-batches (accumulation)",
     "temporaries": "a fused attention kernel, or smaller micro-batches (accumulation)",
     "cast weights": "weights held in 16 bits (precision)",
     "optimizer": "sharding it over ranks (parallelism), a smaller state (optimizer) or offload",

@@ -81,6 +81,11 @@ def keeps_scores(shape: Shape, print_: Footprint) -> bool:
     return print_.attention_matrix or (print_.wide_groups_unfused and grouped)
 
 
+def masked(print_: Footprint) -> bool:
+    """Whether a mask of documents lies in memory: (s, s) of every row, one for all layers."""
+    return print_.document_mask and not print_.skips_documents
+
+
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     """Phases of a training step: each a table of terms, in bytes. `print_` is all techniques' combined share."""
     w = activation_width(print_)
@@ -109,7 +114,10 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     kept = layers * print_.activation_factor * inside
     kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
     # The final norm, the tokens and their targets, the rotations of one sequence.
-    ends = tokens * (block.norm + 16) + 2 * w * shape.seq * shape.head_dim
+    rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
+    ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
+    width = FP32 if keeps_scores(shape, print_) else w
+    mask = {"mask": width * tokens * shape.seq} if masked(print_) else {}
     one = (shape.linear_parameters * split - head) / max(1.0, layers)  # parameters of a block
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
@@ -119,7 +127,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     logits = tokens * shape.vocab * print_.width_factor * print_.logits_factor
     # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
     logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
-    alive = {**base, "gradients": before, "activations": kept + ends}
+    alive = {**base, "gradients": before, "activations": kept + ends, **mask}
     forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
         alive | {"logits": logits_forward * logits, "cast weights": cast},
@@ -138,6 +146,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "logits": waiting,
         "gradients": max(before, gradient * head * print_.gradient_factor),
         "activations": kept + ends,
+        **mask,
         "recomputed inside": recomputed,
         "cast weights": cast_kept,
         "temporaries": max(0.0, moments - block.norm * tokens),
@@ -148,6 +157,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         **base,
         "gradients": max(before, behind - (0.0 if shape.tied else embedding * print_.gradient_factor)),
         "activations": (block.boundary if checkpointed else print_.activation_factor * inside / per_block) * tokens,
+        **mask,
         "recomputed inside": recomputed,
         "cast weights": w * segment * one if cast else 0.0,
         "temporaries": max(0.0, moments),

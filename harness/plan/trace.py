@@ -137,7 +137,7 @@ def traced(recipe: Recipe, attention: Any = None) -> Allocations:
             for _ in range(2):
                 seen.peak = 0
                 tokens = torch.empty(2, workload["batch"], workload["seq"], dtype=torch.int64)
-                loss = run.part("gradients")(tokens[0], tokens[1])
+                loss = run.part("gradients")(*run.part("local_batch")(tokens[0], tokens[1]))
                 torch.nn.utils.clip_grad_norm_(list(model.parameters()), train.MAX_GRADIENT_NORM)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

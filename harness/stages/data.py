@@ -96,6 +96,7 @@ def build(pipeline: Pipeline, directory: Path, run: Run) -> dict[str, Any]:
         "tokens": len(stream),
         "validation_tokens": len(held_out),
         "vocab_size": tokenizer.vocab_size,
+        "end_token": tokenizer.eos_id,
         "load_s": loaded_s,
         "filter_s": filter_s,
         "tokenize_s": token_s,

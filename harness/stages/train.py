@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,15 @@ from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast, initial_std, rope_frequencies
 from dyno.record import Metric
 from dyno.stages import activations, bench, checkpoint
+from dyno.stages.batches import Tally, stream_batches
 from dyno.stages.ranks import counted_step
 from dyno.technique import Run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dyno.pipeline import Pipeline
+    from dyno.stages.batches import Batch
 
 LOG_EVERY_S = 2.0
 MAX_GRADIENT_NORM = 1.0
@@ -64,6 +67,8 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         forward=model,
         loss=plain_loss,
         optimizer=plain_optimizer,
+        batches=stream_batches,
+        share=partial(equal_share, run),
         micro_batches=1,
         data_ranks=run.ranks,
         groups={},
@@ -91,6 +96,11 @@ def rows_of_rank(run: Run, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return tokens[rows], targets[rows]
 
 
+def equal_share(run: Run, loss: Tensor, targets: Tensor) -> Tensor:
+    """What a micro-batch's mean loss adds to that of its rank's rows, where all of them have as many targets."""
+    return loss / run.part("micro_batches")
+
+
 def accumulate(run: Run, tokens: Tensor, targets: Tensor) -> Tensor:
     """Gradients of this rank's rows, added up over the micro-batches; returns their mean loss, detached."""
     micro, scaler = run.part("micro_batches"), run.part("scaler")
@@ -98,7 +108,7 @@ def accumulate(run: Run, tokens: Tensor, targets: Tensor) -> Tensor:
     for i, (x, y) in enumerate(zip(tokens.chunk(micro), targets.chunk(micro), strict=True)):
         with run.part("sync")(i == micro - 1):
             with run.part("autocast")():
-                loss = run.part("loss")(run.part("forward"), x, y) / micro
+                loss = run.part("share")(run.part("loss")(run.part("forward"), x, y), y)
             (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
     return total
@@ -112,18 +122,6 @@ def mean_over_ranks(run: Run, loss: Tensor) -> Tensor:
     return loss / run.ranks
 
 
-def batches(stream: np.ndarray, batch: int, seq: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens, targets) of shape (batch, seq) int64, drawn at random offsets; the same for every rank."""
-    if len(stream) <= seq + 1:
-        raise UserError(f"the corpus has {len(stream)} tokens after filtering, workload.seq={seq} needs more")
-    generator = np.random.default_rng([seed, 7])
-    while True:
-        starts = generator.integers(0, len(stream) - seq - 1, size=batch)
-        rows = np.stack([stream[s : s + seq + 1] for s in starts]).astype(np.int64)
-        both = torch.from_numpy(rows)
-        yield both[:, :-1], both[:, 1:]
-
-
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device; through pinned memory, so that the host need not wait until the device gets there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -132,26 +130,34 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Trainer:
     """One optimizer step after another over a stream, as the run's parts say."""
 
-    def __init__(self, run: Run, stream: np.ndarray, workload: dict[str, Any], seed: int):
-        self.run, self.workload, self.stream = run, workload, stream
+    def __init__(self, run: Run, stream: np.ndarray, workload: dict[str, Any], seed: int, end_token: int | None = None):
+        self.run, self.workload, self.stream, self.end_token = run, workload, stream, end_token
         assert run.model is not None
         batch, micro, ranks = workload["batch"], run.part("micro_batches"), run.part("data_ranks")
         if batch % (micro * ranks):
             raise UserError(f"workload.batch={batch} is no multiple of {micro} micro-batches x {ranks} ranks")
         self.optimizer = run.part("optimizer")(run.model, workload["lr"])
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.batches = batches(stream, batch, workload["seq"], seed)
+        self.batches = self.batches_of(seed)
+        self.tally = Tally()
         self.loss = torch.zeros((), device=run.device)
         self.steps = self.skipped = 0
 
+    def batches_of(self, seed: int) -> Iterator[Batch]:
+        """Endless batches in the order that a seed gives, from the start."""
+        workload = self.workload
+        return self.run.part("batches")(self.stream, self.end_token, workload["batch"], workload["seq"], seed)
+
     @property
     def tokens_per_step(self) -> int:
+        """Positions of a step, those of all ranks together, padding and positions without a loss included."""
         return self.workload["batch"] * self.workload["seq"]
 
     def step(self) -> None:
         """One optimizer step over the global batch; each rank takes its rows."""
         run, scaler = self.run, self.run.part("scaler")
-        tokens, targets = (on_device(t, run.device) for t in run.part("local_batch")(*next(self.batches)))
+        *whole, tally = next(self.batches)
+        tokens, targets = (on_device(t, run.device) for t in run.part("local_batch")(*whole))
         self.loss = run.part("gradients")(tokens, targets)
         if scaler:
             scaler.unscale_(self.optimizer)
@@ -165,6 +171,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        self.tally += tally
 
     def train(self, steps: int, progress: Any) -> None:
         """So many steps, telling the loss now and then and stopping when it is not finite; checkpoints if asked for."""
@@ -196,7 +203,7 @@ def key(pipeline: Pipeline, data_key: str) -> str:
     config = pipeline.recipe.config
     workload = {k: config["workload"][k] for k in ("batch", "seq", "steps", "lr")}
     subject = {"model": config["model"], "workload": workload, "seed": config["seed"]}
-    modules = ["dyno.model.config", "dyno.model.decoder", "dyno.kernels", __name__]
+    modules = ["dyno.model.config", "dyno.model.decoder", "dyno.kernels", "dyno.stages.batches", __name__]
     if config["model"]["source"] != "config":
         from dyno.model import loaders
 
@@ -272,9 +279,8 @@ def prepare(pipeline: Pipeline) -> tuple[Path, str]:
         workload = pipeline.recipe.config["workload"]
         model = fresh_model(pipeline, manifest)
         run = prepared_run(pipeline, model)
-        trainer = Trainer(
-            run, np.load(data_path / "train.npy", mmap_mode="r"), workload, pipeline.recipe.config["seed"]
-        )
+        stream = np.load(data_path / "train.npy", mmap_mode="r")
+        trainer = Trainer(run, stream, workload, pipeline.recipe.config["seed"], manifest["end_token"])
         trainer.train(
             workload["steps"] if pipeline.recipe.config["model"]["source"] == "config" else 0, pipeline.progress
         )
@@ -287,8 +293,8 @@ def prepare(pipeline: Pipeline) -> tuple[Path, str]:
     return path, train_key
 
 
-def step_flops(config: ModelConfig, tokens: int, seq: int) -> float:
-    """Model FLOPs of one training step: 6 a matrix weight and token, plus causal attention (6 L H D s a token)."""
+def step_flops(config: ModelConfig, tokens: int, seq: float) -> float:
+    """Model FLOPs of training on so many positions: 6 a matrix weight, plus causal attention (6 L H D s) over s each."""
     _, linear = parameter_counts(config)
     return tokens * (6.0 * linear + 6.0 * config.layers * config.heads * config.head_dim * seq)
 
@@ -297,9 +303,10 @@ def step_costs(run: Run, trainer: Trainer, seed: int) -> dict[str, Metric]:
     """activation_bytes and recomputed_flops, on a batch of their own: the batches of training stay as they are."""
     assert run.model is not None
     tokens, seq = trainer.tokens_per_step, trainer.workload["seq"]
-    batch = next(batches(trainer.stream, trainer.workload["batch"], seq, seed + 1))
+    batch = next(trainer.batches_of(seed + 1))
     forward = 2.0 * parameter_counts(run.model.config)[1] * tokens
-    return activations.metrics(run, trainer.optimizer, *batch, step_flops(run.model.config, tokens, seq), forward)
+    flops = step_flops(run.model.config, tokens, seq)
+    return activations.metrics(run, trainer.optimizer, batch.tokens, batch.targets, flops, forward)
 
 
 def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
@@ -311,7 +318,8 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     bench.mark("data")
     model = fresh_model(pipeline, manifest)
     run = prepared_run(pipeline, model)
-    trainer = Trainer(run, np.load(data_path / "train.npy", mmap_mode="r"), workload, config["seed"])
+    stream = np.load(data_path / "train.npy", mmap_mode="r")
+    trainer = Trainer(run, stream, workload, config["seed"], manifest["end_token"])
     if workload.get("resume"):
         checkpoint.load(trainer, Path(workload["resume"]))
     bench.mark("model")
@@ -331,15 +339,18 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     if pipeline.ranks > 1:
         metrics |= counted_step(trainer)
     pipeline.progress("train: measuring")
+    before = trainer.tally
     with meter.window("train") as window:
         for _ in window.steps(warm.steps_to_fill if pipeline.ranks > 1 else None):
             trainer.step()
     steps = len(window.step_times_s)
     window.dtype = run.part("matmul_dtype")
     window.tokens = steps * trainer.tokens_per_step
-    window.flops = steps * step_flops(model.config, trainer.tokens_per_step, workload["seq"]) / pipeline.ranks
+    seen = trainer.tally - before
+    window.flops = step_flops(model.config, seen.positions, seen.span / seen.positions) / pipeline.ranks
     trainer.finite_loss()
     metrics |= window.metrics()
+    metrics |= seen.metrics(metrics["tokens_per_s"])
     total, _ = parameter_counts(model.config)
     metrics["parameters"] = Metric(total, "parameters", source="count")
     if run.part("scaler"):

@@ -22,7 +22,8 @@ class SDPA(Technique):
     """PyTorch's fused attention: flash (FlashAttention-2), cudnn, efficient (xFormers), math (unfused), or its choice.
 
     Papers: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682. On Hopper "auto" has meant flash in
-    some versions and cudnn in others: force a backend to compare. `efficient` copies grouped key heads first.
+    some versions and cudnn in others: force a backend to compare. `efficient` copies grouped key heads first. Rows of
+    several documents take a mask, which flash on a GPU does not; the others compute what it hides.
     """
 
     backend: str = "auto"
@@ -32,6 +33,10 @@ class SDPA(Technique):
             return f"attention.backend is {self.backend}; it takes {', '.join(BACKENDS)}"
         if device.kind != "cuda" and self.backend in ("cudnn", "efficient"):
             return f"the {self.backend} backend of SDPA is a CUDA kernel; on a CPU there are flash and math"
+        if device.kind == "cuda" and self.backend == "flash" and recipe.option("packing") == "documents":
+            return (
+                "SDPA's flash takes no mask on a GPU, which packing=documents needs; use attention=sdpa or triton_flash"
+            )
         if device.kind == "cuda" and self.backend in ("flash", "cudnn"):
             if device.capability and device.capability < (8, 0):
                 return f"SDPA's {self.backend} needs compute capability 8.0, {device.name} has {device.capability}"

@@ -37,7 +37,7 @@ class Response(Technique):
         import torch
 
         from dyno.errors import NonFinite, Unsupported
-        from dyno.stages.train import batches
+        from dyno.stages.batches import stream_batches
 
         assert run.model is not None and run.build_model is not None and run.stream is not None
         student, teacher = run.model, run.build_model(self.teacher).eval()
@@ -48,10 +48,10 @@ class Response(Technique):
         workload, seed = run.recipe.config["workload"], run.recipe.config["seed"]
         student.train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=self.lr, betas=(0.9, 0.95))
-        stream = batches(run.stream, workload["batch"], workload["seq"], seed + 1)
+        stream = stream_batches(run.stream, None, workload["batch"], workload["seq"], seed + 1)
         loss = torch.zeros(())
         for _ in range(self.steps):
-            tokens, targets = (t.to(run.device) for t in next(stream))
+            tokens, targets = (t.to(run.device) for t in next(stream)[:2])
             with torch.no_grad():
                 expected = teacher(tokens)
             loss = response_loss(student(tokens), expected, targets, self.temperature, self.alpha)

@@ -111,7 +111,7 @@ class Pipeline:
         if self.layout.vocabulary_shards > 1:
             logits = DTensor.from_local(logits, self.grid.mesh["tp"], [Shard(-1)], run_check=False)
         with self.run.part("autocast")():
-            return self.run.part("loss")(lambda tokens: logits, targets, targets) / self.layout.micro_batches
+            return self.run.part("share")(self.run.part("loss")(lambda tokens: logits, targets, targets), targets)
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """A step's gradients; the mean loss of these rows on every rank of the pipeline."""

@@ -100,9 +100,9 @@ def in_vocabulary_shards(gradients: Callable[..., Tensor]) -> Callable[..., Tens
     return sharded
 
 
-def whole_logits(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def whole_logits(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Evaluation's forward pass: the logits of the whole vocabulary on every rank; training's are left in shards."""
-    return lambda tokens: forward(tokens) if torch.is_grad_enabled() else whole(forward(tokens))
+    return lambda tokens, **more: forward(tokens, **more) if torch.is_grad_enabled() else whole(forward(tokens, **more))
 
 
 def settled(gradients: Callable[..., Tensor], model: Decoder) -> Callable[..., Tensor]:
