@@ -26,6 +26,10 @@ EXAMPLES = {
   dyno plan --calibrate results model=160m precision=bf16
   dyno plan model=1b hardware=h100 precision=bf16 compile=on --tokens 1e11
   dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256""",
+    "claims": """  dyno claims                                    # every claim, with what is known of it
+  dyno claims run zero1-memory tensor-parallel-exact model=nano measure=quick
+  dyno claims run model=160m measure=probe --seconds 240 --to claims.md
+  dyno claims --from results/reference/cpu-2core/claims""",
 }
 
 
@@ -69,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--search", metavar="gpus=N", help="the best layouts of the model on N GPUs of the stated hardware"
+    )
+    claims = verb("claims", "published figures, and whether they hold here", EXAMPLES["claims"])
+    claims.add_argument("words", nargs="*", metavar="[run] CLAIM OVERRIDE", help="`run` runs what has no record yet")
+    claims.add_argument("--from", dest="directory", metavar="DIR", help="judge by the records there (default: results)")
+    claims.add_argument("--seconds", type=float, metavar="N", help="with run: start no run later than this")
+    claims.add_argument("--to", metavar="FILE", help="write the table to a .md or .json file")
+    claims.add_argument(
+        "--plugins", action="append", default=[], metavar="DIR", help="a directory with claims of your own"
     )
     table = verb(
         "table",
@@ -282,6 +294,21 @@ def layouts(recipe: Recipe, wanted: str, tokens: float | None) -> int:
     return OK
 
 
+def claims(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno.claims import main, show
+
+    rows, ended_well = main.main(
+        arguments.words, arguments.directory, arguments.plugins, arguments.seconds, Progress
+    )  # fmt: skip
+    print(show.text(rows), file=sys.stderr)
+    if arguments.to:
+        show.write(rows, arguments.to)
+    print(json.dumps(show.to_json(rows)))
+    return OK if ended_well else FAILED
+
+
 def table(arguments: argparse.Namespace) -> int:
     from dyno import record, show
     from dyno.errors import UserError
@@ -361,8 +388,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Any] = {
-    "run": run, "sweep": sweep, "tune": tune, "plan": plan, "table": table, "compare": compare, "report": report,
-    "list": listing, "cache": cache, "doctor": doctor,
+    "run": run, "sweep": sweep, "tune": tune, "plan": plan, "claims": claims, "table": table, "compare": compare,
+    "report": report, "list": listing, "cache": cache, "doctor": doctor,
 }  # fmt: skip
 
 if __name__ == "__main__":
