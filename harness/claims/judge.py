@@ -162,6 +162,9 @@ def machine_of(records: list[dict[str, Any]]) -> str:
 def from_records(claims: list[Claim], records: Iterable[dict[str, Any]], device: str) -> list[Row]:
     """Judge by what `dyno claims run` recorded: a row for every setting and machine on which a claim was tested.
 
+    A record says by which overrides its recipe was asked for (`spellings`: several claims may ask for one in their own
+    words), so that it is found even after an option file got another knob, which changes the recipe's hash.
+
     Args:
         device: the kind of device here, for what was not run anywhere.
     """
@@ -170,7 +173,8 @@ def from_records(claims: list[Claim], records: Iterable[dict[str, Any]], device:
         mark = record["config"].get("study") or {}
         if mark.get("name") == STUDY:
             place = Place(mark["device"], mark["machine"], tuple(mark["given"]))
-            places.setdefault(place, {}).setdefault(key_of(record["overrides"]), []).append(record)
+            for words in mark["spellings"]:
+                places.setdefault(place, {}).setdefault(frozenset(words), []).append(record)
     rows = []
     for claim in claims:
         tested = []
@@ -191,7 +195,7 @@ def of_claim_in(
     """The records of each of a claim's recipes at a place."""
     found = {}
     for name in claim.needed(place.device):
-        made = known.get(key_of(claim.overrides(name, place.device, list(place.given))))
+        made = known.get(frozenset(claim.overrides(name, place.device, list(place.given))))
         if made:
             found[name] = repeats(made)
     return found
@@ -201,11 +205,6 @@ def repeats(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs of what the newest one ran: an option file may have changed in between."""
     newest = max(records, key=lambda r: r["id"])
     return [r for r in records if r["recipe_hash"] == newest["recipe_hash"]]
-
-
-def key_of(overrides: list[str]) -> frozenset[str]:
-    """Names a recipe by its overrides, wherever its results went."""
-    return frozenset(word for word in overrides if not word.startswith("results_dir="))
 
 
 def summary(rows: list[Row]) -> dict[str, int]:

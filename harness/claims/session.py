@@ -59,22 +59,27 @@ def prepared(claims: list[Claim], given: list[str], plugins: list[str] | None = 
     base = compose(given, plugins)
     place = Place(detect(base.config["hardware"]).kind, machine_id(), tuple(_lasting(merge(given))))
     session = Session(claims, place)
+    spellings: dict[str, list[list[str]]] = {}
     composed: dict[frozenset[str], Recipe] = {}
     for claim in claims:
         session.uses[claim.id] = {}
         for name in claim.needed(place.device):
             overrides = claim.overrides(name, place.device, given)
             key = frozenset(overrides)
-            try:
-                recipe = composed[key] if key in composed else compose(overrides, plugins)
-            except UserError as error:
-                raise UserError(f"claim {claim.id}, recipe {name}: {error}") from error
-            composed[key] = recipe
-            recipe.config["study"] = {
-                "name": STUDY, "given": list(place.given), "device": place.device, "machine": place.machine,
-            }  # fmt: skip
+            if key not in composed:
+                try:
+                    composed[key] = compose(overrides, plugins)
+                except UserError as error:
+                    raise UserError(f"claim {claim.id}, recipe {name}: {error}") from error
+                spellings.setdefault(composed[key].hash, []).append(_lasting(overrides))
+            recipe = composed[key]
             session.recipes.setdefault(recipe.hash, recipe)
             session.uses[claim.id][name] = recipe.hash
+    for recipe_hash, recipe in session.recipes.items():
+        recipe.config["study"] = {
+            "name": STUDY, "given": list(place.given), "device": place.device, "machine": place.machine,
+            "spellings": spellings[recipe_hash],
+        }  # fmt: skip
     session.records = recorded(session, base.config["results_dir"])
     return session
 
