@@ -28,7 +28,7 @@ EXAMPLES = {
   dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256""",
     "claims": """  dyno claims                                    # every claim, with what is known of it
   dyno claims run zero1-memory tensor-parallel-exact model=nano measure=quick
-  dyno claims run model=160m measure=probe --seconds 240 --to claims.md
+  dyno claims run model=160m measure=probe --repeats 3 --seconds 270 --to claims.md
   dyno claims --from results/reference/cpu-2core/claims""",
 }
 
@@ -78,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("words", nargs="*", metavar="[run] CLAIM OVERRIDE", help="`run` runs what has no record yet")
     claims.add_argument("--from", dest="directory", metavar="DIR", help="judge by the records there (default: results)")
     claims.add_argument("--seconds", type=float, metavar="N", help="with run: start no run later than this")
+    claims.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with run: so many runs of every recipe whose time is judged",
+    )
     claims.add_argument("--to", metavar="FILE", help="write the table to a .md or .json file")
     claims.add_argument(
         "--plugins", action="append", default=[], metavar="DIR", help="a directory with claims of your own"
@@ -300,8 +307,8 @@ def claims(arguments: argparse.Namespace) -> int:
     from dyno.claims import main, show
 
     rows, ended_well = main.main(
-        arguments.words, arguments.directory, arguments.plugins, arguments.seconds, Progress
-    )  # fmt: skip
+        arguments.words, arguments.directory, arguments.plugins, arguments.seconds, arguments.repeats, Progress
+    )
     print(show.text(rows), file=sys.stderr)
     if arguments.to:
         show.write(rows, arguments.to)

@@ -208,10 +208,12 @@ def test_what_is_missing_is_told(change, said):
 
 
 def test_a_verdict_names_model_machine_and_runs():
-    records = {"a": [synthetic.record(0, precision="bf16")], "b": [synthetic.record(1)]}
+    records = {"a": [synthetic.record(0, precision="bf16")], "b": [synthetic.record(3)]}
     row = judge.judge(of("mine"), records, HERE).to_json()
     assert row["verdict"] == "does not hold" and row["reason"] == "memory: above the range"
-    assert row["model"] == "nano" and "EPYC" in row["machine"] and len(row["runs"]) == 2
+    assert (
+        row["model"] == "nano" and "EPYC" in row["machine"] and len(row["runs"]) == 2 and row["flags"] == ["short_run"]
+    )
 
 
 # plans
@@ -347,8 +349,17 @@ def test_a_time_limit_starts_no_further_run(bench, capsys, monkeypatch):
 
 def test_runs_come_in_the_order_that_decides_most_claims_soonest():
     uses = {"big": {"a": "1", "b": "2", "c": "3"}, "small": {"a": "3"}, "pair": {"a": "3", "b": "4"}}
-    made = session.Session([replace(of(name)) for name in uses], HERE, uses=uses)
+    made = session.Session([replace(of(name)) for name in uses], HERE, dict.fromkeys("1234"), uses)  # type: ignore
     assert made.missing() == ["3", "4", "1", "2"]
+
+
+def test_rounds_repeat_only_what_is_timed_and_did_not_fail():
+    figures = [{**FILE["figures"][0], "formula": "b.step_time_s / c.step_time_s - a.peak_memory_bytes"}]
+    claim = of("c", recipes={"a": [], "b": ["seed=1"], "c": ["seed=2"]}, figures=figures)
+    made = session.Session([claim], HERE, dict.fromkeys("123"), {"c": {"a": "1", "b": "2", "c": "3"}})  # type: ignore
+    assert made.missing(3) == ["1", "2", "3", "2", "3", "2", "3"]
+    made.records = {"2": [{"status": "ok"}], "3": [{"status": "out_of_memory"}]}
+    assert made.missing(2) == ["1", "2"]
 
 
 @pytest.mark.parametrize(

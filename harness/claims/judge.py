@@ -55,7 +55,7 @@ class Place:
 
 @dataclass
 class Row:
-    """One claim, judged."""
+    """One claim, judged. `flags`: what its runs say against themselves, such as a busy host."""
 
     claim: Claim
     place: Place
@@ -63,6 +63,7 @@ class Row:
     model: str = ""
     machine: str = ""
     runs: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -92,7 +93,7 @@ class Row:
             "verdict": self.verdict, "corrected_verdict": self.corrected_verdict, "reason": self.reason or None,
             "figures": [j.to_json() for j in self.figures], "untested": c.untested, "device": self.place.device,
             "model": self.model or None, "machine": self.machine or None, "given": list(self.place.given),
-            "runs": self.runs,
+            "runs": self.runs, "flags": self.flags,
         }  # fmt: skip
 
 
@@ -106,7 +107,8 @@ def judge(claim: Claim, records: Mapping[str, list[dict[str, Any]]], place: Plac
     figures = [judge_figure(figure, evidence, place.device) for figure in claim.figures]
     used = [r for name in claim.needed(place.device) for r in records.get(name, ())]
     good = [r for r in used if r["status"] == "ok"] or used
-    return Row(claim, place, figures, model_of(good), machine_of(good), [r["id"] for r in used])
+    flags = sorted({flag["code"] for r in used for flag in r["validity"].get("flags", ())})
+    return Row(claim, place, figures, model_of(good), machine_of(good), [r["id"] for r in used], flags)
 
 
 def judge_figure(figure: Figure, evidence: Mapping[str, Evidence], device: str) -> Judged:

@@ -17,13 +17,14 @@ def main(
     directory: str | None,
     plugins: list[str],
     seconds: float | None,
+    repeats: int,
     progress: Callable[[str], Any],
 ) -> tuple[list[Row], bool]:
     """Judged claims, and whether every run that was made here ended well.
 
     Args:
         words: `run` first where runs are wanted, then ids of claims and overrides.
-        progress: makes a line of progress from its prefix, as the command line's Progress does.
+        repeats: runs of each recipe whose time is judged. progress: makes a line of progress from its prefix, as the command line's Progress does.
     """
     runs = words[:1] == ["run"]
     rest = words[runs:]
@@ -50,7 +51,7 @@ def main(
         _end(lines)
         print(text, file=sys.stderr, flush=True)
 
-    made = sessions.run(session, line, say, seconds)
+    made = sessions.run(session, line, say, seconds, repeats)
     return session.rows(), all(record["status"] in ("ok", "unsupported") for record in made)
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dyno.claims.claim import Claim
+from dyno.claims.formula import quantities
 from dyno.claims.judge import CHANCE, STUDY, Place, Row, judge
+from dyno.compare import SAMPLED
 from dyno.errors import UserError
 from dyno.recipe import Recipe, compose
 
@@ -23,9 +25,24 @@ class Session:
     uses: dict[str, dict[str, str]] = field(default_factory=dict)
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def missing(self) -> list[str]:
-        """Hashes without a record, in order: the claim that needs the fewest comes first, then the most shared."""
-        left = {c.id: {h for h in self.uses[c.id].values() if h not in self.records} for c in self.claims}
+    def missing(self, repeats: int = 1) -> list[str]:
+        """Hashes that lack a record, in order: the claim that needs the fewest comes first, then the most shared.
+
+        Further rounds follow, up to `repeats` of each recipe whose time a figure takes: runs of one recipe differ by more
+        than the steps within them tell. Another round of what failed would fail again.
+        """
+        out: list[str] = []
+        timed = self.timed()
+        for turn in range(repeats):
+            lacking = {h for h in self.recipes if len(self.records.get(h, ())) <= turn}
+            if turn:
+                failed = {h for h, made in self.records.items() if made[-1]["status"] != "ok"}
+                lacking = (lacking & timed) - failed
+            out += self.ordered(lacking)
+        return out
+
+    def ordered(self, lacking: set[str]) -> list[str]:
+        left = {c.id: {h for h in self.uses[c.id].values() if h in lacking} for c in self.claims}
         out: list[str] = []
         while any(left.values()):
             sharing = {h: sum(h in need for need in left.values()) for need in left.values() for h in need}
@@ -35,6 +52,16 @@ class Session:
             out += dict.fromkeys(turn)
             left = {name: need - set(turn) for name, need in left.items()}
         return out
+
+    def timed(self) -> set[str]:
+        """Hashes of the recipes whose step times a figure takes."""
+        return {
+            self.uses[c.id][source]
+            for c in self.claims
+            for f in c.told_on(self.place.device)
+            for source, name in quantities(f.formula)
+            if name in SAMPLED and source in c.recipes
+        }
 
     def serves(self, recipe_hash: str) -> list[str]:
         """The claims that need a recipe."""
@@ -102,12 +129,16 @@ def recorded(session: Session, results_dir: str) -> dict[str, list[dict[str, Any
 
 
 def run(
-    session: Session, progress: Callable[[str], Any], say: Callable[[str], None], seconds: float | None = None
+    session: Session,
+    progress: Callable[[str], Any],
+    say: Callable[[str], None],
+    seconds: float | None = None,
+    repeats: int = 1,
 ) -> list[dict[str, Any]]:
     """Run what is missing; returns the new records. No run starts later than `seconds` after the call."""
     from dyno import runner, show
 
-    started, made, todo = time.monotonic(), [], session.missing()
+    started, made, todo = time.monotonic(), [], session.missing(repeats)
     if not todo:
         say("every run that these claims need is recorded")
     for i, recipe_hash in enumerate(todo, 1):
@@ -115,7 +146,7 @@ def run(
             say(f"{seconds:g} s are over: {len(todo) - i + 1} of {len(todo)} runs were not started")
             break
         record = runner.run(session.recipes[recipe_hash], progress=progress(f"{i}/{len(todo)} "))
-        session.records[recipe_hash] = [record]
+        session.records.setdefault(recipe_hash, []).append(record)
         made.append(record)
         say(f"{i}/{len(todo)}  {show.line(record)}  for {', '.join(session.serves(recipe_hash))}")
     return made

@@ -12,7 +12,7 @@ from dyno.errors import UserError
 from dyno.units import digits, quantity
 
 RULE = (
-    "A figure holds when its whole 95% interval (of the samples within the runs; counted figures are points) lies in the "
+    "A figure holds when its whole 95% interval (of the samples within its runs, and of the runs where there are several; counted figures are points) lies in the "
     "range, does not hold when none of it does, and is inconclusive in between. Predicted figures are arithmetic and say "
     "nothing about a machine. Every verdict is about the model, the setting and the machine in its row."
 )
@@ -23,7 +23,8 @@ def text(rows: list[Row]) -> str:
     width = max((len(row.claim.id) for row in rows), default=0)
     lines = []
     for row in rows:
-        where = ", ".join(part for part in (row.model, row.machine) if part)
+        flags = f"flags: {', '.join(row.flags)}" if row.flags else ""
+        where = ", ".join(part for part in (row.model, row.machine, flags) if part)
         lines.append(f"{row.claim.id:<{width}}  {row.verdict}{f'  [{where}]' if where else ''}")
         lines.append(f"{'':<{width}}  {row.claim.claim}")
         for judged in row.figures:
@@ -47,6 +48,7 @@ def markdown(rows: list[Row]) -> str:
         where = " on ".join(part for part in (row.model, row.machine) if part)
         where += f"<br>`{' '.join(row.place.given)}`" if row.place.given and row.runs else ""
         where += f"<br>runs {', '.join(run.rpartition('-')[2] for run in row.runs)}" if row.runs else ""
+        where += f"<br>flags {', '.join(row.flags)}" if row.flags else ""
         cells = (_cell(row.claim.claim), f"**{row.verdict}**", what, claimed, found, _cell(rather), where)
         lines.append(f"| {row.claim.id} | {' | '.join(cells)} |")
     return "\n".join(["# Claims", "", RULE, "", *lines, ""])

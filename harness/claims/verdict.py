@@ -3,7 +3,8 @@
 A figure with a 95% interval `holds` when the whole interval lies in the range, `does not hold` when none of it does, and
 is `inconclusive` when it reaches over an edge: so a figure that truly lies outside is called right in at most one of
 twenty judgements, one on the edge itself is hardly ever called wrong, and the nearer the edge the more samples a verdict
-takes. The interval is that of the samples within the runs; one that is counted and not sampled is a point.
+takes. The interval holds what the samples within a run vary by, and of several runs of a recipe what those do; a single
+run says nothing of the latter. A figure that is counted and not sampled is a point.
 
 A claim of several figures holds when all of them do. Some that hold and some that do not: `holds in part`, and so is one
 whose other figures could not be told here. None that holds: `does not hold`. Else, where a figure is undecided, so is the
