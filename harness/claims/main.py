@@ -24,7 +24,8 @@ def main(
 
     Args:
         words: `run` first where runs are wanted, then ids of claims and overrides.
-        repeats: runs of each recipe whose time is judged. progress: makes a line of progress from its prefix, as the command line's Progress does.
+        repeats: runs of each recipe whose time is judged.
+        progress: makes a line of progress from its prefix, as the command line's Progress does.
     """
     runs = words[:1] == ["run"]
     rest = words[runs:]

@@ -12,9 +12,10 @@ from dyno.errors import UserError
 from dyno.units import digits, quantity
 
 RULE = (
-    "A figure holds when its whole 95% interval (of the samples within its runs, and of the runs where there are several; counted figures are points) lies in the "
-    "range, does not hold when none of it does, and is inconclusive in between. Predicted figures are arithmetic and say "
-    "nothing about a machine. Every verdict is about the model, the setting and the machine in its row."
+    "A figure holds when its whole 95% interval lies in the range, does not hold when none of it does, and is inconclusive "
+    "in between. The interval holds the samples within a run, and of several runs what those differ by; counted figures "
+    "are points. Predicted figures are arithmetic and say nothing about a machine. Every verdict is about the model, the "
+    "setting and the machine in its row."
 )
 
 
