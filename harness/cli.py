@@ -306,9 +306,8 @@ def claims(arguments: argparse.Namespace) -> int:
 
     from dyno.claims import main, show
 
-    rows, ended_well = main.main(
-        arguments.words, arguments.directory, arguments.plugins, arguments.seconds, arguments.repeats, Progress
-    )
+    given = arguments.words, arguments.directory, arguments.plugins, arguments.seconds, arguments.repeats
+    rows, ended_well = main.main(*given, Progress)
     print(show.text(rows), file=sys.stderr)
     if arguments.to:
         show.write(rows, arguments.to)
