@@ -27,7 +27,6 @@ EXAMPLES = {
   dyno plan model=1b hardware=h100 precision=bf16 compile=on --tokens 1e11
   dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256""",
     "claims": """  dyno claims                                    # every claim, with what is known of it
-  dyno claims run zero1-memory tensor-parallel-exact model=nano measure=quick
   dyno claims run model=160m measure=probe --repeats 3 --seconds 270 --to claims.md
   dyno claims --from results/reference/cpu-2core/claims""",
 }
@@ -309,8 +308,7 @@ def claims(arguments: argparse.Namespace) -> int:
     given = arguments.words, arguments.directory, arguments.plugins, arguments.seconds, arguments.repeats
     rows, ended_well = main.main(*given, Progress)
     print(show.text(rows), file=sys.stderr)
-    if arguments.to:
-        show.write(rows, arguments.to)
+    show.write(rows, arguments.to)
     print(json.dumps(show.to_json(rows)))
     return OK if ended_well else FAILED
 

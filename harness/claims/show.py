@@ -59,8 +59,10 @@ def to_json(rows: list[Row]) -> dict[str, Any]:
     return {"claims": [row.to_json() for row in rows], "verdicts": summary(rows)}
 
 
-def write(rows: list[Row], path: str) -> None:
-    """To a .md or a .json file."""
+def write(rows: list[Row], path: str | None) -> None:
+    """To a .md or a .json file, where one is named."""
+    if path is None:
+        return
     target = Path(path)
     if target.suffix not in (".md", ".json"):
         raise UserError(f"--to {path}: it writes a .md or a .json file")
