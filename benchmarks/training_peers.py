@@ -93,6 +93,7 @@ class Transformers:
 
         from dyno.model.load_names import names
         from dyno.stages import train
+        from dyno.stages.batches import stream_batches
 
         pipeline = made_pipeline(self.given, seed, [])
         path, manifest, _ = pipeline.data()
@@ -106,10 +107,11 @@ class Transformers:
         del fresh
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
         stream = np.load(path / "train.npy", mmap_mode="r")
-        drawn = train.batches(stream, self.given.batch, self.given.seq, seed)
+        drawn = stream_batches(stream, None, self.given.batch, self.given.seq, seed)
 
         def step() -> Any:
-            tokens, targets = (t.contiguous().pin_memory().to("cuda", non_blocking=True) for t in next(drawn))
+            batch = next(drawn)
+            tokens, targets = (t.contiguous().pin_memory().to("cuda", non_blocking=True) for t in batch[:2])
             with contextlib.nullcontext() if self.pure else torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = self.call(input_ids=tokens, labels=targets, shift_labels=targets).loss
             loss.backward()

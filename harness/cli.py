@@ -31,6 +31,9 @@ EXAMPLES = {
   dyno plan model=70b hardware=h100 workload.batch=1024 workload.seq=8192 --search gpus=256 \\
       --elastic failures=1.4,repair=24h,restart=10m --tokens 1e12
   dyno plan model=1b hardware=h100 precision=bf16 --remote-memory gb_per_s=64,slower=5%""",
+    "claims": """  dyno claims                                    # every claim, with what is known of it
+  dyno claims run model=160m measure=probe --repeats 3 --seconds 270 --to claims.md
+  dyno claims --from results/reference/cpu-2core/claims""",
 }
 
 
@@ -85,6 +88,21 @@ def parser() -> argparse.ArgumentParser:
         "--remote-memory", metavar="gb_per_s=N,...",
         help="the state that may lie behind a link of N GB/s; also slower=5%%, latency_us=2, overlap=50%%",
     )  # fmt: skip
+    claims = verb("claims", "published figures, and whether they hold here", EXAMPLES["claims"])
+    claims.add_argument("words", nargs="*", metavar="[run] CLAIM OVERRIDE", help="`run` runs what has no record yet")
+    claims.add_argument("--from", dest="directory", metavar="DIR", help="judge by the records there (default: results)")
+    claims.add_argument("--seconds", type=float, metavar="N", help="with run: start no run later than this")
+    claims.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with run: so many runs of every recipe whose time is judged",
+    )
+    claims.add_argument("--to", metavar="FILE", help="write the table to a .md or .json file")
+    claims.add_argument(
+        "--plugins", action="append", default=[], metavar="DIR", help="a directory with claims of your own"
+    )
     table = verb(
         "table",
         "records as a table",
@@ -245,6 +263,19 @@ def plan(arguments: argparse.Namespace) -> int:
     return OK if verb.plan(recipe_of(arguments), arguments) else FAILED
 
 
+def claims(arguments: argparse.Namespace) -> int:
+    import json
+
+    from dyno.claims import main, show
+
+    given = arguments.words, arguments.directory, arguments.plugins, arguments.seconds, arguments.repeats
+    rows, ended_well = main.main(*given, Progress)
+    print(show.text(rows), file=sys.stderr)
+    show.write(rows, arguments.to)
+    print(json.dumps(show.to_json(rows)))
+    return OK if ended_well else FAILED
+
+
 def table(arguments: argparse.Namespace) -> int:
     from dyno import record, show
     from dyno.errors import UserError
@@ -324,8 +355,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 VERBS: dict[str, Any] = {
-    "run": run, "sweep": sweep, "tune": tune, "plan": plan, "table": table, "compare": compare, "report": report,
-    "list": listing, "cache": cache, "doctor": doctor,
+    "run": run, "sweep": sweep, "tune": tune, "plan": plan, "claims": claims, "table": table, "compare": compare,
+    "report": report, "list": listing, "cache": cache, "doctor": doctor,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ _WORDS = {  # (better, worse); sizes and amounts have no better, only less and m
     "amount": ("lower", "higher"),
 }
 # Metrics that follow a window's step times, and the power with which they do. None: the only window, or `train`.
-_SAMPLED: dict[str, tuple[str | None, int]] = {
+SAMPLED: dict[str, tuple[str | None, int]] = {
     "step_time_s": (None, 1),
     "tokens_per_s": (None, -1),
     "ttft_s": ("prefill", 1),
@@ -264,7 +264,7 @@ def _pair(one: list[Row], other: list[Row]) -> Pair:
         ]
         return Pair(*ids, differs, [], "; ".join(told))
     names = dict.fromkeys(name for row in (*ok_a, *ok_b) for name in row.metrics)
-    times = _step_times(ok_a), _step_times(ok_b)
+    times = step_times(ok_a), step_times(ok_b)
     return Pair(*ids, differs, [_ratio(name, ok_a, ok_b, times) for name in names])
 
 
@@ -327,7 +327,7 @@ def _pooled(side: list[Row], name: str) -> Cell:
     return Cell(middle, low, high, sum(c.count or 1 for c in good), good[0].source, unit=good[0].unit)
 
 
-def _step_times(side: list[Row]) -> dict[str, np.ndarray]:
+def step_times(side: list[Row]) -> dict[str, np.ndarray]:
     """Step times (n,) in seconds by window, the repeats' put together, from the samples.npz beside each record."""
     import numpy as np
 
@@ -346,9 +346,9 @@ def _step_times(side: list[Row]) -> dict[str, np.ndarray]:
 
 def _from_samples(name: str, times: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]) -> tuple[float, float] | None:
     """The interval of a metric's ratio relative to the ratio itself, by bootstrap on step times."""
-    if name not in _SAMPLED:
+    if name not in SAMPLED:
         return None
-    window, power = _SAMPLED[name]
+    window, power = SAMPLED[name]
     shared = sorted(set(times[0]) & set(times[1]))
     window = window or ("train" if "train" in shared else shared[0] if len(shared) == 1 else None)
     if window is None or window not in shared:

@@ -32,15 +32,24 @@ def windows(held_out: np.ndarray, workload: dict[str, Any], device: torch.device
 
 @torch.no_grad()
 def loss_metrics(
-    forward: Forward, held_out: np.ndarray, workload: dict[str, Any], device: torch.device
+    forward: Forward,
+    held_out: np.ndarray,
+    workload: dict[str, Any],
+    device: torch.device,
+    note: Callable[[str, Any], None] = lambda key, value: None,
 ) -> dict[str, Metric]:
-    """validation_loss (nats a token) and perplexity with the count of tokens and a 95% interval over windows."""
+    """validation_loss (nats a token) and perplexity with the count of tokens and a 95% interval over windows.
+
+    Each window's loss is noted as `validation_losses`: windows are the same for every recipe, so that two runs pair up.
+    """
     if workload["eval_tokens"] <= 0:
         return switched_off("validation_loss", "perplexity")
     rows = []
     for tokens, targets in windows(held_out, workload, device):
         rows.append(token_losses(forward(tokens), targets).double().mean(1).cpu())
-    return summarise(torch.cat(rows).numpy(), workload["seq"])
+    losses = torch.cat(rows).numpy()
+    note("validation_losses", [float(f"{loss:.9g}") for loss in losses])
+    return summarise(losses, workload["seq"])
 
 
 @torch.no_grad()

@@ -150,7 +150,8 @@ def groups(plugins: list[str] | None = None) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for root in [CONF, *[Path(p) / "conf" for p in plugins or []]]:
         for path in root.glob("*/*.yaml"):
-            found.setdefault(path.parent.name, set()).add(path.stem)
+            if path.parent.name != "claims":  # what is said about recipes, no part of one
+                found.setdefault(path.parent.name, set()).add(path.stem)
     return {name: sorted(options) for name, options in sorted(found.items())}
 
 

@@ -45,6 +45,13 @@ def test_a_pipeline_is_one_record(composed):
     assert (Path(out["_path"]) / "checkpoints" / "step-0000003" / "index.json").is_file()
 
 
+def test_tensor_ranks_are_one_record(composed):
+    out = runner.run(composed("parallelism=tensor", "model.vocab_size=258", "workload.steps=3"))
+    assert out["status"] == "ok", out["reason"]
+    metrics = out["metrics"]
+    assert metrics["activation_bytes"]["value"] > 0 and metrics["recomputed_flops"]["value"] == 0
+
+
 def ranks_of(directory: Path) -> dict[str, int]:
     """RANK -> process id of a run's workers, which were started and not forked."""
     found = {}

@@ -101,3 +101,10 @@ def test_outputs_that_are_not_finite_are_a_typed_failure(value):
         quality.loss_metrics(broken, TEXT, WORKLOAD, tiny.CPU)
     with pytest.raises(NonFinite):
         against(broken, tiny.model())
+
+
+def test_the_windows_losses_are_noted():
+    noted = {}
+    found = quality.loss_metrics(tiny.model(), TEXT, WORKLOAD, tiny.CPU, noted.__setitem__)["validation_loss"]
+    assert len(noted["validation_losses"]) * WORKLOAD["seq"] == found.count
+    assert np.mean(noted["validation_losses"]) == pytest.approx(found.value, rel=1e-7)

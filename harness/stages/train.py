@@ -331,7 +331,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     if trainer.steps == workload["steps"] or workload["steps"] == 0:
         held_out = np.load(data_path / "validation.npy", mmap_mode="r")
         with run.part("autocast")():
-            metrics |= quality.loss_metrics(run.part("forward"), held_out, workload, pipeline.device)
+            metrics |= quality.loss_metrics(run.part("forward"), held_out, workload, pipeline.device, run.note)
     else:
         reason = f"{trainer.steps} steps were taken with warm-up, more than workload.steps={workload['steps']}"
         metrics["validation_loss"] = Metric(None, "nats", 0, reason=reason)
