@@ -42,24 +42,59 @@ def study_table(where: Path) -> list[str]:
     return lines
 
 
-def peer_table(where: Path) -> list[str]:
-    """Our 1B training step beside transformers with torch.compile, measured minutes apart on the same GPU."""
-    (record,) = read_records(where)
-    ours = record["metrics"]
-    rate, memory = ours["tokens_per_s"]["value"], ours["peak_memory_bytes"]
-    workload = record["config"]["workload"]
+PEERS = {
+    "dyno bf16_master": "Dyno, bf16 with fp32 masters, single-pass AdamW, compile, cuDNN attention",
+    "transformers compile": "transformers + torch.compile, bf16 autocast",
+}
+LAST = 20  # steps whose mean loss is told
+
+
+def peer_table(path: Path) -> list[str]:
+    """Our 1B training step beside transformers with torch.compile: same weights, batches and GPU, one after the other."""
+    rows = {row["variant"]: row for row in map(json.loads, path.read_text().splitlines())}
+    ours, peer = (rows[name] for name in PEERS)
     lines = [
         "",
-        f"Training `model=1b` at {workload['batch']} x {workload['seq']} tokens on the same GPU, minutes apart:",
+        f"Training `model=1b` for {ours['steps']} steps at {ours['batch']} x {ours['seq']} tokens, the same weights and "
+        f"batches on the same GPU (one seed; loss: mean of the last {LAST} steps): "
+        f"{peer['step_time_s'] / ours['step_time_s']:.2f}x.",
         "",
-        "| | tokens/s | peak memory |",
-        "|---|---|---|",
-        f"| Dyno, bf16 autocast, compile, cuDNN attention | {si(rate)} | {cell(memory)} |",
+        "| | tokens/s | model FLOP/s | peak memory | loss |",
+        "|---|---|---|---|---|",
     ]
-    for peer in json.loads((where / "peers.json").read_text()):
-        memory_text = si(peer["peak_memory_bytes"], "B")
+    for name, label in PEERS.items():
+        row = rows[name]
+        loss = sum(row["losses"][-LAST:]) / LAST
         lines.append(
-            f"| transformers + torch.compile, {peer['variant']} | {si(peer['tokens_per_s'])} | {memory_text} |"
+            f"| {label} | {si(row['tokens_per_s'])} | {row['model_flop_per_s'] / 1e12:.0f} T | "
+            f"{si(row['peak_memory_bytes'], 'B')} | {loss:.3f} |"
+        )
+    return lines
+
+
+def checkpointing_table(where: Path) -> list[str]:
+    """Ways of checkpointing on the 1b shape, against keeping everything, eager and compiled apart."""
+    records = [r for r in read_records(where) if r["status"] == "ok"]
+    records.sort(key=lambda r: r["created"])
+    first = records[0]["config"]["workload"]
+    lines = [
+        "",
+        f"Checkpointing on `model=1b` at {first['batch']} x {first['seq']} tokens in bf16 on one H100, against none:",
+        "",
+        "| checkpointing | compile | activations | peak memory | recomputed | step |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = {r["choices"]["compile"]: r["metrics"] for r in records if r["choices"]["checkpointing"] == "none"}
+    for record in records:
+        metrics, kind = record["metrics"], record["choices"]["compile"]
+        values = {n: metrics[n]["value"] for n in ("activation_bytes", "recomputed_flops", "step_time_s")}
+        base = {n: plain[kind][n]["value"] for n in values}
+        window = record["windows"]["train"]
+        lines.append(
+            f"| {record['choices']['checkpointing']} | {kind} | {cell(metrics['activation_bytes'])} "
+            f"({values['activation_bytes'] / base['activation_bytes'] - 1:+.0%}) | {cell(metrics['peak_memory_bytes'])} | "
+            f"{values['recomputed_flops'] / (window['flops'] / window['steps']):+.0%} FLOPs | {cell(metrics['step_time_s'])} "
+            f"({values['step_time_s'] / base['step_time_s'] - 1:+.0%}) |"
         )
     return lines
 
@@ -114,20 +149,6 @@ def serving_table(where: Path) -> list[str]:
     return lines
 
 
-def fp8_lines(path: Path) -> list[str]:
-    """fp8 against bf16 on a few layers of the 1b shape, one after the other."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = {(row["variant"], row["layers"]): row for row in rows if row["kind"] == "step"}
-    ours, wide = steps["fp8 tensorwise", 4], steps["bf16", 4]
-    faster = wide["step_time_s"] / ours["step_time_s"]
-    return [
-        "",
-        f"fp8 products (`precision=fp8 compile=on`) on 4 layers of the 1b shape at 8 x 2048: {si(ours['tokens_per_s'])} "
-        f"tokens/s against {si(wide['tokens_per_s'])} in bf16 ({faster:.2f}x), "
-        f"{si(ours['peak_memory_bytes'], 'B')} against {si(wide['peak_memory_bytes'], 'B')}.",
-    ]
-
-
 def meter_lines(path: Path) -> list[str]:
     found = json.loads(path.read_text())
     low, median, high = (100 * found[name] for name in ("overhead_low", "overhead", "overhead_high"))
@@ -138,7 +159,7 @@ def meter_lines(path: Path) -> list[str]:
     ]
 
 
-def planner_table(study: Path, published: Path, served: Path) -> list[str]:
+def planner_table(study: Path, drawn: Path, published: Path, served: Path) -> list[str]:
     """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
     records = [r for r in read_records(study) if r["status"] == "ok"]
     lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
@@ -155,6 +176,13 @@ def planner_table(study: Path, published: Path, served: Path) -> list[str]:
                 f"{name} of the study above, {label}",
                 [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
             )
+    random = json.loads(drawn.read_text())
+    for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
+        found = random[metric][which]
+        lines.append(
+            f"| {name} of random recipes, {which.replace('_', ' ')}, held out of {random['runs']} | {found['runs']} | "
+            f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+        )
     found = json.loads(published.read_text())["held_out"]
     lines.append(
         f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
@@ -174,14 +202,16 @@ def main() -> None:
     blocks = {
         "figures": [
             *study_table(reference / "quickstart-160m"),
-            *peer_table(reference / "train-1b"),
-            *fp8_lines(reference / "training_formats.jsonl"),
+            *peer_table(reference / "training_peers.jsonl"),
+            *checkpointing_table(reference / "checkpointing"),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
         "planner": planner_table(
-            reference / "quickstart-160m", *(planner / name for name in ("published_runs.json", "serving.json"))
+            reference / "quickstart-160m",
+            planner / "random_recipes.json",
+            *(planner / name for name in ("published_runs.json", "serving.json")),
         ),
     }
     path = ROOT / "README.md"

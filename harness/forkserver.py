@@ -32,8 +32,7 @@ import threading
 from dyno.keeper import Rank, keep
 
 FORKED = "DYNO_FORKED"  # set in a worker that was forked
-# Imports ask whether there is a GPU: NVML answers, not CUDA; and the compiler has its threads when it compiles.
-QUIET_IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TORCH_WARM_POOL": "0"}
+QUIET_IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # imports ask whether there is a GPU: NVML answers, not CUDA
 BORN_S = 120.0  # the longest that the imports may take
 FORK_S = 10.0
 MADV_POPULATE_READ = 22  # Linux 5.14; older kernels refuse it, and memory figures then lack the pages

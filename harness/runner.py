@@ -31,10 +31,10 @@ RESULT = "result.json"
 REQUEST = "request.json"
 LOG_TAIL_LINES = 15
 
-# The first run of a command starts plainly: a server would have to import torch just the same. A compiler is two seconds
-# of import more, and only on a GPU do most recipes compile.
+# The first run of a command starts plainly: a server would have to import torch just the same. The compiler's
+# front end is two seconds more, and only on a GPU do most recipes compile; its back end starts a thread when imported.
 IMPORTS = ("torch", "dyno.pipeline", "dyno.measure.window", "dyno.stages.train", "dyno.stages.infer")
-SERVERS = {"cpu": ForkServer(IMPORTS), "cuda": ForkServer((*IMPORTS, "torch._inductor.compile_fx"))}
+SERVERS = {"cpu": ForkServer(IMPORTS), "cuda": ForkServer((*IMPORTS, "torch._dynamo"))}
 _earlier_runs = itertools.count()
 
 

@@ -53,12 +53,14 @@ class Footprint:
     Factors. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays on the
     device; `batch_factor` the share of the step's tokens that are alive at once, in each of `micro_batches` passes;
     `layer_factor` the share of the layers (pipeline), `width_factor` of the heads and channels (tensor parallel);
-    `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits.
+    `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits,
+    `host_factor` the host's time in an eager step.
 
     Amounts. `master_bytes` a parameter of a wider copy; `boundaries`: block inputs kept instead of the blocks' insides;
     `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
-    step's `host_traffic_bytes` to and from the host, what a rank sends to others (`wire_weights` and `wire_activations`,
-    numbers of a parameter's and an activation's width, and `wire_bytes`), and `bubble`, the idle share of a step.
+    step's `host_traffic_bytes` to and from the host and `host_activations`, numbers a token that go there and come back;
+    what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
+    width, and `wire_bytes`), and `bubble`, the idle share of a step.
 
     Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
     `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
@@ -85,6 +87,7 @@ class Footprint:
     activation_factor: float = 1.0
     logits_factor: float = 1.0
     flops_factor: float = 1.0
+    host_factor: float = 1.0
     kv_cache_factor: float = 1.0
     document_share: float = 1.0
     micro_batches: float = 1.0
@@ -102,6 +105,7 @@ class Footprint:
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
     host_traffic_bytes: float = 0.0
+    host_activations: float = 0.0
     wire_weights: float = 0.0
     wire_activations: float = 0.0
     wire_bytes: float = 0.0

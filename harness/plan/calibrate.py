@@ -1,13 +1,15 @@
 """Calibration on the user's own records: a coefficient a term, eager and compiled apart, and the error that remains.
 
 A record is read as data: its techniques are built only from Dyno's own package, and a record that cannot be read so is
-left out and counted. Two thirds of the runs are fitted, the errors are those of the last third, which the fit never saw.
+left out and counted. Two thirds of the runs are fitted, the errors are those of the last third, which the fit
+never saw. How far a correction may leave the terms as derived, and whether at all, is settled within the first two.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from dyno.recipe import Recipe
 from dyno.record import decode, find
 from dyno.technique import combined
 
+FOLDS = 3
+DRAWS = (0.05, 0.2, 0.8)  # how strongly coefficients are drawn to 1, see `fit.coefficients`
 FEWEST = 8  # runs of a kind before anything is fitted
 TIME_TERMS = (*time.DEVICE, "host", "fixed", "wire", "offload")
 
@@ -124,21 +128,21 @@ def peak(phases: memory.Phases) -> float:
     return memory.total(phases[binding_phase(phases)])
 
 
-def fit_memory(samples: list[Sample]) -> Fit:
+def fit_memory(samples: list[Sample], draw: float) -> Fit:
     """The peak is the largest phase: fit the phases that bind, see which bind then, and fit those."""
     fit = Fit(dict.fromkeys(MEMORY_GROUPS, 1.0), fitted=len(samples))
     measured = np.array([s.peak_memory_bytes for s in samples], dtype=float)
     for _ in range(6):
         binding = [binding_phase(corrected_memory(s.phases, fit)) for s in samples]
         rows = np.array([phase_row(s.phases[p]) for s, p in zip(samples, binding, strict=True)])
-        found = dict(zip(MEMORY_GROUPS, coefficients(rows, measured).tolist(), strict=True))
+        found = dict(zip(MEMORY_GROUPS, coefficients(rows, measured, draw).tolist(), strict=True))
         if found == fit.coefficients:
             break
         fit.coefficients = found
     return fit
 
 
-def fit_time(samples: list[Sample]) -> Fit:
+def fit_time(samples: list[Sample], draw: float) -> Fit:
     """Device-bound runs fit the device's terms, host-bound ones the host's; who is which follows from the fit."""
     fit = Fit(dict.fromkeys(TIME_TERMS, 1.0), fitted=len(samples))
     measured = np.array([s.step_time_s for s in samples], dtype=float)
@@ -155,7 +159,7 @@ def fit_time(samples: list[Sample]) -> Fit:
                 [(wire if n == "wire" else 1.0) * sample.seconds[n] / (1 - sample.bubble) * (n in used)
                  for n in TIME_TERMS]
             )  # fmt: skip
-        found = dict(zip(TIME_TERMS, coefficients(np.array(rows), measured).tolist(), strict=True))
+        found = dict(zip(TIME_TERMS, coefficients(np.array(rows), measured, draw).tolist(), strict=True))
         if found == fit.coefficients:
             break
         fit.coefficients = found
@@ -191,13 +195,35 @@ def calibrated(samples: list[Sample], device: str, left_out: int = 0) -> Calibra
             fitted = [s for s in chosen if not is_held_out(s)]
             if len(fitted) < FEWEST:
                 continue
-            fit = fitter(fitted)
+            draw = strength(fitter, fitted, what)
+            fit = fitter(fitted, draw) if draw else unchanged(fitted, what)
             if held:
                 absolute = np.abs(errors(held, fit, what))
                 fit.median_error, fit.p95_error = float(np.median(absolute)), float(np.quantile(absolute, 0.95))
                 fit.held_out = len(held)
             getattr(out, what)[kind] = fit
     return out
+
+
+def unchanged(samples: list[Sample], what: str) -> Fit:
+    """No correction: the terms as derived, with the error that records show of them."""
+    return Fit(dict.fromkeys(MEMORY_GROUPS if what == "memory" else TIME_TERMS, 1.0), fitted=len(samples))
+
+
+def strength(fitter: Callable[[list[Sample], float], Fit], samples: list[Sample], what: str) -> float | None:
+    """The draw whose fits predict best what they did not see, in thirds of `samples`; None: the terms as derived do.
+
+    The error is relative and counted up to 1, so that one wild run does not decide.
+    """
+
+    def error(draw: float | None) -> float:
+        found = []
+        for i in range(FOLDS):
+            rest, third = [s for j, s in enumerate(samples) if j % FOLDS != i], samples[i::FOLDS]
+            found.append(np.minimum(np.abs(errors(third, fitter(rest, draw) if draw else None, what)), 1.0))
+        return float(np.concatenate(found).mean())
+
+    return min((None, *DRAWS), key=error)
 
 
 def from_records(where: str | Path) -> list[Calibration]:

@@ -22,7 +22,7 @@ def non_negative(matrix: np.ndarray, target: np.ndarray, sweeps: int = 500) -> n
     return x
 
 
-def coefficients(terms: np.ndarray, measured: np.ndarray, draw: float = 0.05) -> np.ndarray:
+def coefficients(terms: np.ndarray, measured: np.ndarray, draw: float) -> np.ndarray:
     """Coefficients (n,) of terms (rows, n) so that terms @ x is near `measured` in relative error.
 
     Rows are weighted by Huber's rule, so that one wild run does not bend the rest; `draw` pulls every coefficient

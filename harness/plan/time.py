@@ -11,6 +11,7 @@ from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, activation_width, keeps_scores, masked
 from dyno.technique import Footprint, Shape
 
+FP8_GAIN = 1.7  # of large fp8 products over bf16 ones, where no fp8 ceiling is measured
 RAMP_S = 6e-6
 BACKWARD_ATTENTION = 2.5 / 0.8  # the products of a backward pass over a forward's, at 0.8 of its rate
 PASSES = {  # kernels a block: forward, backward
@@ -43,7 +44,12 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     w, fused = activation_width(print_), print_.fused
     mixed = w < FP32
     dtype = print_.matmul_dtype or "fp32"
-    flop_per_s = machine.matmul.get(dtype) or machine.matmul["fp32"]
+    rates = machine.matmul
+    flop_per_s = rates.get(dtype) or rates["fp32"]
+    narrow_rate = flop_per_s  # of the blocks' products: head and attention stay wide where these are in 8 bits
+    if dtype == "fp8":
+        flop_per_s = rates.get("bf16") or rates["fp32"]
+        narrow_rate = rates.get("fp8") or FP8_GAIN * flop_per_s
     micro, tensor = print_.micro_batches, print_.width_factor
     tokens = shape.batch * shape.seq * print_.batch_factor  # of one micro-batch
     layers = shape.layers * print_.layer_factor
@@ -52,14 +58,15 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     again = max(0.0, 3 * (print_.flops_factor - 1))  # forward passes recomputed
     calls = layers * micro
 
-    def product(m: float, n: float, k: float) -> float:
-        return product_s(m, n, k, flop_per_s, machine, w)
+    def product(m: float, n: float, k: float, rate: float = narrow_rate) -> float:
+        return product_s(m, n, k, rate, machine, w)
 
     pairs = [(width, h), (keys, h), (keys, h), (h, width), (f, h), (f, h), (h, f)]
     forward = sum(product(tokens, n, k) for n, k in pairs)
     backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
     vocab = shape.vocab * tensor
-    head = product(tokens, vocab, h) + product(tokens, h, vocab) + product(vocab, h, tokens)
+    ends = ((tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens))
+    head = sum(product(m, n, k, flop_per_s) for m, n, k in ends)
 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
     unfused = keeps_scores(shape, print_)
@@ -103,12 +110,16 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         kernels += UNFUSED_KERNELS * (3 + again)
     if w < stored and not fused:
         kernels += 7 * (2 + again)
-    host = LAUNCH_S[fused] * kernels * calls if kind == "cuda" else 0.0
+    host = LAUNCH_S[fused] * kernels * calls * print_.host_factor if kind == "cuda" else 0.0
+    away = print_.host_activations * tokens  # or, where blocks are recomputed, only their inputs
+    if away and print_.boundaries:
+        away = print_.boundaries * h * tokens
+    link = print_.host_traffic_bytes + 2 * w * micro * away  # out and back
     return {
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
-        "wire": wire_bytes(print_) / LINK_BYTES_PER_S, "offload": print_.host_traffic_bytes / machine.host_bytes_per_s,
+        "wire": wire_bytes(print_) / LINK_BYTES_PER_S, "offload": link / machine.host_bytes_per_s,
     }  # fmt: skip
 
 

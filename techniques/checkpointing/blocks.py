@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dyno.recipe import Recipe
 
 
+HOST = 1.5  # host time of an eager step over that of its kernels alone: recomputing is Python's work (H100 records)
+
+
 @dataclass
 class Recomputing(Technique):
     """What every way of recomputing shares. Paper: Chen et al. 2016, arXiv:1604.06174."""
@@ -44,6 +47,7 @@ class Segments(Recomputing):
             boundaries=len(lengths),
             recompute_blocks=max(lengths),
             flops_factor=1 + blocks_share(shape) / 3,
+            host_factor=HOST,
         )
 
     def apply(self, run: Run) -> None:

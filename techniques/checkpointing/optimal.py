@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dyno.errors import Unsupported
 from dyno.technique import Footprint, Run, Shape
 from dyno.techniques.checkpointing._chain import Chain, Optimum, Schedule, Segment, all_kept, kept, peak, recomputed
-from dyno.techniques.checkpointing.blocks import Recomputing, blocks_share, boundary_share, follow
+from dyno.techniques.checkpointing.blocks import HOST, Recomputing, blocks_share, boundary_share, follow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,6 +94,7 @@ class Optimal(Recomputing):
             activation_factor=kept(chain, schedule) / chain.everything,
             recompute_blocks=max(inside, default=0) / FINE,
             flops_factor=1 + recomputed(chain, schedule) / shape.layers * blocks_share(shape) / 3,
+            host_factor=HOST,
         )
 
     def decides(self, shape: Shape, device: Device) -> str | None:

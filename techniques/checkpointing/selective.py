@@ -20,6 +20,11 @@ DEAR = (
 )  # fmt: skip
 
 
+HOST = (
+    3.0  # host time of an eager step over that of one without: a policy in Python sees every operation (H100 records)
+)
+
+
 @dataclass
 class Selective(Recomputing):
     """Keep the outputs of matrix products and attention in every block, recompute norms, rotations and activations.
@@ -32,7 +37,7 @@ class Selective(Recomputing):
         kv = 2 * shape.kv_heads * shape.head_dim
         numbers = 3 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 2 * shape.ffn
         share = numbers / (14.0 * shape.hidden + 4.0 * shape.ffn)
-        return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share))
+        return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share), host_factor=HOST)
 
     def apply(self, run: Run) -> None:
         import torch

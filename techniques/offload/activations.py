@@ -35,9 +35,11 @@ class HostActivations(Offload):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Two blocks are on the way beside those that stay. Host bytes are for 32 bits and one micro-batch: at most."""
         stay = min(1.0, (self.keep_blocks + 2) / shape.layers)
-        block = (14.0 * shape.hidden + 4.0 * shape.ffn) * 4.0 * shape.batch * shape.seq
-        gone = block * max(0, shape.layers - self.keep_blocks)
-        return Footprint(activation_factor=stay, recompute_blocks=2.0, host_bytes=gone, host_traffic_bytes=2 * gone)
+        gone = (14.0 * shape.hidden + 4.0 * shape.ffn) * max(0, shape.layers - self.keep_blocks)  # numbers a token
+        return Footprint(
+            activation_factor=stay, recompute_blocks=2.0, host_bytes=4.0 * gone * shape.batch * shape.seq,
+            host_activations=gone,
+        )  # fmt: skip
 
     def apply(self, run: Run) -> None:
         from dyno.techniques.offload._activations import Stasher
