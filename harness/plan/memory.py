@@ -162,12 +162,15 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "cast weights": w * segment * one if cast else 0.0,
         "temporaries": max(0.0, moments),
     }
-    copies = float(shape.tied) + float(before > 0)
+    # A model compiled as a whole hands out all its gradients at its end: beside those of the micro-batches before.
+    whole = print_.fused_loss and before > 0
+    copies = float(shape.tied) + float(before > 0 and not whole)
+    narrow_head = w * head if whole and shape.tied and cast else 0.0
     last = {
         **base,
-        "gradients": gradients,
+        "gradients": gradients + (before if whole else 0.0),
         "activations": tokens * (FP32 * shape.hidden + 16),
-        "temporaries": copies * embedding,
+        "temporaries": copies * embedding + narrow_head,
     }
     largest = max(embedding, gradient * one) if kind != "cuda" else 0.0  # fused steps work in place
     return {

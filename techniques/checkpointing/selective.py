@@ -36,7 +36,8 @@ class Selective(Recomputing):
         """Kept, in numbers a token: the block's input, q, k, v, attention, its projection, gate, up and down."""
         kv = 2 * shape.kv_heads * shape.head_dim
         numbers = 3 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 2 * shape.ffn
-        share = numbers / (14.0 * shape.hidden + 4.0 * shape.ffn)
+        whole = 8.0 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 4.0 * shape.ffn  # of a block in 16 bits
+        share = numbers / whole
         return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share), host_factor=HOST)
 
     def apply(self, run: Run) -> None:
