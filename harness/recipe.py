@@ -27,6 +27,7 @@ from dyno.technique import Technique
 
 MEASURES = ("train", "infer", "data", "kernel")
 EXCLUSIVE = ("run", "window")  # for how long a run has the device to itself
+LEAST_GIB = 2  # of a memory limit: a context alone takes more than one
 BASELINE = {"_target_": "dyno.technique.Baseline"}
 CONF = Path(importlib.import_module("dyno.conf").__path__[0])
 
@@ -245,6 +246,9 @@ def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list
         raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
     if config["measure"]["exclusive"] not in EXCLUSIVE:
         raise UserError(f"measure.exclusive={config['measure']['exclusive']}: it is one of {', '.join(EXCLUSIVE)}")
+    limit = config["measure"]["memory_limit_gib"]
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < LEAST_GIB):
+        raise UserError(f"measure.memory_limit_gib={limit}: it is null, or {LEAST_GIB} GiB or more")
     _check_finite("", config)
 
 

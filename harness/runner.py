@@ -66,10 +66,11 @@ def lock_files(device: Device, ranks: int) -> dict[Path, str]:
     return {folder / f"{name}.lock": names[name] for name in sorted(names)}
 
 
-def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, gate: bool = True) -> dict[str, Any]:
     """Run a recipe and return its record, already in its place under <results_dir>/runs.
 
-    A recipe that the plan refuses costs no worker. Only KeyboardInterrupt leaves without a record.
+    A recipe that the plan refuses costs no worker; without `gate` one that is predicted to run out of memory is tried
+    all the same. Only KeyboardInterrupt leaves without a record.
     """
     from dyno.measure.environment import detect
     from dyno.plan import predict
@@ -78,6 +79,8 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None) 
     device = detect(recipe.config["hardware"])
     plan = predict(recipe, device)
     verdict = plan.verdict()
+    if verdict and verdict[0] == "out_of_memory" and not gate:
+        verdict = None
     # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
     if verdict or takes_turns(recipe):
         return run_aside(recipe, device, plan, verdict, runs, progress)

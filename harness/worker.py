@@ -61,6 +61,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
     from dyno.measure.environment import environment, machine_id
     from dyno.measure.window import Meter
     from dyno.pipeline import Pipeline
+    from dyno.plan import CONTEXT_BYTES
     from dyno.recipe import Recipe, digest
     from dyno.record import Metric, to_json
     from dyno.stages import bench
@@ -74,6 +75,9 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if (limit := config["measure"]["memory_limit_gib"]) is not None:
+            share = (limit * 2**30 - CONTEXT_BYTES) / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     torch.manual_seed(config["seed"])
     if ranks > 1:
         store = torch.distributed.FileStore(str(directory / "rendezvous"), ranks)

@@ -52,6 +52,7 @@ def run(recipe: Recipe, *, progress: Any = None, gate: bool = True, seconds: flo
         "recipe_hash": recipe.hash, "overrides": recipe.overrides, "choices": recipe.choices, "config": recipe.config,
         **outcome(recipe),
     }  # fmt: skip
+    out["plan"] |= {"gate": gate}
     record.publish(aside, out, runs)
     if dying == "after":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dyno import cli
+from dyno.errors import UserError
 from dyno.measure.environment import Device
 from dyno.plan import predict, reasons, shape_of, time
 from dyno.recipe import compose
@@ -147,3 +148,17 @@ def test_shares_combine_as_their_defaults_say():
     assert both == Footprint(
         activation_width=1.0, batch_factor=0.25, extra_bytes=7.0, fused=True, matmul_dtype="bf16", ranks=2
     )
+
+
+def test_a_memory_limit_is_what_the_plan_compares_with():
+    words = ["model=160m", "workload.batch=16"]
+    free, held = (predict(compose([*words, *more]), GPU) for more in ([], ["measure.memory_limit_gib=2"]))
+    assert free.verdict() is None and free.peak_memory_bytes == held.peak_memory_bytes
+    assert "has 2.0 GiB" in held.verdict()[1]
+    assert predict(compose([*words, "measure.memory_limit_gib=1000"]), GPU).verdict() is None
+
+
+@pytest.mark.parametrize("limit", ["1", "-3", "true", "plenty"])
+def test_a_memory_limit_that_is_none_is_told(limit):
+    with pytest.raises(UserError, match="memory_limit_gib"):
+        compose([f"measure.memory_limit_gib={limit}"])

@@ -12,6 +12,7 @@ from runner_bench import is_gone, run
 
 from dyno import processes, record, runner
 from dyno.errors import UserError
+from dyno.plan import Plan
 from dyno.recipe import Recipe
 
 
@@ -195,3 +196,11 @@ def test_results_dir_that_is_a_file(recipe, tmp_path):
 def test_describe_names_signals():
     assert "SIGKILL" in runner.describe(-signal.SIGKILL, 0, 1) and "memory" in runner.describe(-9, 0, 1)
     assert runner.describe(7, 2, 4) == "rank 2 of 4 ended with code 7"
+
+
+@pytest.mark.parametrize("status", ["out_of_memory", "unsupported"])
+def test_without_a_gate_what_may_not_fit_is_tried_and_what_cannot_run_is_not(recipe, worker, monkeypatch, status):
+    worker("done()")
+    monkeypatch.setattr(Plan, "verdict", lambda self: (status, "predicted"))
+    assert runner.run(recipe)["status"] == status
+    assert runner.run(recipe, gate=False)["status"] == ("ok" if status == "out_of_memory" else status)

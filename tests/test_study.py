@@ -24,7 +24,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(settings, "compose", quick_compose)
 
     def call(*overrides: str, run: Any = None, plugins: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[str]]:
-        monkeypatch.setattr(runner, "run", run or (lambda recipe, **kw: fake_run(recipe, seconds=0.0)))
+        monkeypatch.setattr(runner, "run", run or (lambda recipe, **kw: fake_run(recipe, seconds=0.0, **kw)))
         lines: list[str] = []
         words = [*overrides, f"results_dir={tmp_path / 'results'}", "hardware=cpu"]
         summary = study.tune(words, list(plugins), lambda text: None, say=lines.append)
@@ -254,6 +254,12 @@ def test_a_plain_override_fixes_a_key_of_the_study(tune, tmp_path):
     assert config["workload"]["steps"] == 30 and config["measure"]["energy"] is False
 
 
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_study_without_the_plan_s_gate_tells_the_runner(tune, tmp_path, gate):
+    tune("workload.batch=2,4", "study.trials=2", f"study.plan_gate={str(gate).lower()}")
+    assert {r["plan"]["gate"] for r in records(tmp_path / "results")} == {gate}
+
+
 def test_shipped_studies_read_on_both_devices(monkeypatch):
     from dyno.measure import environment
 
@@ -266,6 +272,11 @@ def test_shipped_studies_read_on_both_devices(monkeypatch):
     }
     assert read.space.base.config["measure"]["min_seconds"] > 10 and read.space.base.config["workload"]["seq"] == 1024
     assert read.space.locate(read.recipe([])) is not None
+    read = settings.read(["study=memory_limit"], [])
+    assert read.space.base.config["measure"]["memory_limit_gib"] == 24 and read.plan_gate
+    assert {"precision", "checkpointing", "compile", "workload.batch", "offload"} < {
+        p.key for p in read.space.parameters
+    }
     read = settings.read(["study=compression"], [])
     assert read.goals.objectives[0].metric == "decode_tokens_per_s"
     for point in read.space.samples():

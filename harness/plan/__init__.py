@@ -155,7 +155,12 @@ def shape_from(config: ModelConfig, workload: dict[str, Any]) -> Shape:
 
 
 def predict(recipe: Recipe, device: Device) -> Plan:
-    """Needs and reasons of a recipe on a device, its teacher's and draft's reasons included."""
+    """Needs and reasons of a recipe on a device, its teacher's and draft's reasons included.
+
+    Under measure.memory_limit_gib a GPU has no more than that.
+    """
+    if (limit := recipe.config["measure"]["memory_limit_gib"]) is not None and device.kind == "cuda":
+        device = replace(device, memory_bytes=min(device.memory_bytes, int(limit * 2**30)))
     shape = shape_of(recipe)
     plan = Plan(shape, device, reasons=reasons(recipe, device))
     if shape is None:

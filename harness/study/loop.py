@@ -148,13 +148,14 @@ class Loop:
 
     def result(self, recipe: Recipe) -> dict[str, Any]:
         """Run a recipe, or take the record that a killed worker published and did not tell."""
-        metrics = self.session.settings.goals.metrics
+        settings = self.session.settings
+        metrics = settings.goals.metrics
         made = self.session.find_record(recipe.hash)
         if made is not None:
             return summary_of(made, metrics) | {"adopted": True}
         try:
             with self.interrupts.allowed():
-                return summary_of(runner.run(recipe, progress=self.progress), metrics)
+                return summary_of(runner.run(recipe, progress=self.progress, gate=settings.plan_gate), metrics)
         except (OSError, UserError):
             raise  # the bench is at fault, not this recipe: every other trial would end so
         except Exception as error:  # noqa: BLE001  a plug-in's prediction runs in this process and may raise anything

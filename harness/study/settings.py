@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OWN_GROUPS = ("study", "sampler")
 KEYS = {
     "name", "storage", "trials", "time_budget_s", "workers", "objectives", "constraints", "overrides", "baseline", "space",
+    "plan_gate",
 }  # fmt: skip
 DEFAULT_OBJECTIVES = {
     "train": [("tokens_per_s", "maximize"), ("validation_loss", "minimize")],
@@ -40,6 +41,7 @@ class Settings:
         overrides: the fixed part of every trial's recipe.
         baseline: overrides on top of it for the recipe that `* baseline` refers to; none: the options' defaults.
         workers: how many processes, one a GPU; None for as many as there are devices.
+        plan_gate: whether a recipe that is predicted to run out of memory is refused; false runs it all the same.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Settings:
     trials: int
     time_budget_s: float | None
     workers: int | None
+    plan_gate: bool
     goals: Goals
     space: Space
     overrides: list[str]
@@ -131,6 +134,7 @@ def read(command: list[str], plugins: list[str]) -> Settings:
         trials=study["trials"],
         time_budget_s=study["time_budget_s"],
         workers=None if study["workers"] == "auto" else study["workers"],
+        plan_gate=study["plan_gate"],
         goals=_goals(study, base),
         space=space,
         overrides=overrides,
@@ -167,13 +171,14 @@ def checked(study: dict[str, Any]) -> dict[str, Any]:
     for key in study:
         if key not in KEYS:
             raise UserError(f"study has no knob '{key}'{close(key, KEYS)}")
-    filled = {"storage": None, "time_budget_s": None, "workers": "auto", "objectives": None} | study
+    filled = {"storage": None, "time_budget_s": None, "workers": "auto", "objectives": None, "plan_gate": True} | study
     for key in ("constraints", "overrides", "baseline"):
         filled[key] = _is(list, filled.get(key) or [], f"study.{key}", "a list")
     filled["space"] = _is(dict, filled.get("space") or {}, "study.space", "a mapping of a key to its values")
     if not re.fullmatch(r"\w[\w.+-]*", str(filled.get("name", ""))):
         raise UserError(f"study.name is {filled.get('name')!r}; it takes letters, digits and _ . + - (it names a file)")
     _is(str, filled["storage"] or "", "study.storage", "null, a path or an Optuna URL")
+    _is(bool, filled["plan_gate"], "study.plan_gate", "true or false")
     _positive(filled.get("trials"), int, "study.trials", "a whole number of at least 1")
     if filled["time_budget_s"] is not None:
         _positive(filled["time_budget_s"], (int, float), "study.time_budget_s", "a number of seconds, or null")
