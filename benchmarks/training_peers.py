@@ -31,7 +31,7 @@ VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
     "dyno bf16 single_pass": [*OURS, "precision=bf16", "optimizer=adamw_single_pass"],
     "dyno bf16_master": [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"],
-    "dyno fp8": [*OURS, "precision=fp8"],
+    "dyno fp8 eager": ["attention=sdpa_cudnn", "precision=fp8"],
     "transformers compile": {"compile": True},
     "transformers compile pure": {"compile": True, "pure": True},
     "transformers liger": {"liger": True},

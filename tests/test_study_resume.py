@@ -32,8 +32,9 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*BENCH, *words], env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [*BENCH, *words], env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored
+    )  # fmt: skip
 
 
 def finish(words: list[str]) -> dict:
