@@ -120,7 +120,7 @@ def test_no_ratio_over_a_baseline_of_another_machine() -> None:
 
 def test_a_batch_searched_over_keeps_its_ratio() -> None:
     records = [synthetic.record(0), synthetic.record(1, knobs={"workload.batch": 64}, precision="bf16")]
-    records[1]["fingerprint"] |= {"workload": "train-64"}
+    records[1]["fingerprint"] |= {"workload": "train-64", "weights": "trained with 64"}
     base, other = rows(None, records)
     assert gain(other, base, "tokens_per_s") is not None
     assert unexplained([base, other]) == {}

@@ -241,11 +241,13 @@ def explanation(row: Row, part: str, study: bool = False) -> tuple[tuple[str, st
     that agree here and differ in the part have silently read something else.
     """
     stages = _EXPLAINED_BY.get(part, ())
-    if part == "workload" and study:
-        return tuple(sorted((k, v) for k, v in row.knobs.items() if k.startswith("workload.")))
+    workload = {k: v for k, v in row.knobs.items() if k.startswith("workload.")} if study else {}
+    if part == "workload":
+        return tuple(sorted(workload.items()))
     chosen = {k: v for k, v in axes_of(row).items() if k not in BY_NAME or BY_NAME[k].stage in stages}
     knobs = {k: v for k, v in row.knobs.items() if k.partition(".")[0] in chosen}
-    return tuple(sorted((chosen | knobs).items())) if stages else ()
+    trained = workload if part == "weights" else {}  # a batch that the study searched makes other weights too
+    return tuple(sorted((chosen | knobs | trained).items())) if stages else ()
 
 
 def unexplained(all_rows: list[Row]) -> dict[str, list[str]]:
