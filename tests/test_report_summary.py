@@ -120,10 +120,19 @@ def test_no_ratio_over_a_baseline_of_another_machine() -> None:
 
 def test_a_batch_searched_over_keeps_its_ratio() -> None:
     records = [synthetic.record(0), synthetic.record(1, knobs={"workload.batch": 64}, precision="bf16")]
-    records[1]["fingerprint"] |= {"workload": "train-64", "weights": "trained with 64"}
+    records[1]["fingerprint"] |= {"workload": "train-64"}
     base, other = rows(None, records)
     assert gain(other, base, "tokens_per_s") is not None
     assert unexplained([base, other]) == {}
+
+
+def test_weights_of_another_batch_are_explained_by_it_and_others_are_not() -> None:
+    records = [synthetic.record(0), synthetic.record(1, knobs={"workload.batch": 64}), synthetic.record(2)]
+    for record, weights in zip(records, ("of 16", "of 64", "of 16"), strict=True):
+        record["fingerprint"]["weights"] = weights
+    assert unexplained(rows(None, records)) == {}
+    records[2]["fingerprint"]["weights"] = "of something else"
+    assert unexplained(rows(None, records)) == {"weights": ["of 16", "of something else"]}
 
 
 def test_a_lone_recipe_is_no_baseline_of_itself() -> None:
