@@ -48,7 +48,8 @@ class Footprint:
 
     Widths are bytes of one number: `weight_bytes` of a matrix weight as it is served; `parameter_bytes`,
     `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training, `activation_width`.
-    `matmul_dtype` names the format of the matrix products.
+    `matmul_dtype` names the format of the matrix products, `wide_dtype` that of head and attention where it is another, and
+    `matmul_gain` how much faster the former are where no ceiling of theirs was measured.
 
     Factors. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays on the
     device; `batch_factor` the share of the step's tokens that are alive at once, in each of `micro_batches` passes;
@@ -76,6 +77,8 @@ class Footprint:
     optimizer_bytes: float | None = None
     activation_width: float | None = None
     matmul_dtype: str | None = None
+    wide_dtype: str | None = None
+    matmul_gain: float | None = None
     attention_rate: float | None = None
     linear_factor: float = 1.0
     parameter_factor: float = 1.0

@@ -7,8 +7,9 @@ that have twice as many values each, so that small numbers keep their magnitude 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ class Rates(NamedTuple):
     weight_decay: float
     correction1: float
     correction2: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: int) -> Rates:
+        """Those of an optimizer's parameter group at its step, counted from 1."""
+        beta1, beta2 = group["betas"]
+        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step)
 
 
 @lru_cache

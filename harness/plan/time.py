@@ -11,7 +11,6 @@ from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, activation_width, keeps_scores, masked
 from dyno.technique import Footprint, Shape
 
-FP8_GAIN = 1.7  # of large fp8 products over bf16 ones, where no fp8 ceiling is measured
 RAMP_S = 6e-6
 BACKWARD_ATTENTION = 2.5 / 0.8  # the products of a backward pass over a forward's, at 0.8 of its rate
 PASSES = {  # kernels a block: forward, backward
@@ -45,11 +44,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     mixed = w < FP32
     dtype = print_.matmul_dtype or "fp32"
     rates = machine.matmul
-    flop_per_s = rates.get(dtype) or rates["fp32"]
-    narrow_rate = flop_per_s  # of the blocks' products: head and attention stay wide where these are in 8 bits
-    if dtype == "fp8":
-        flop_per_s = rates.get("bf16") or rates["fp32"]
-        narrow_rate = rates.get("fp8") or FP8_GAIN * flop_per_s
+    flop_per_s = rates.get(print_.wide_dtype or dtype) or rates["fp32"]  # of head and attention
+    block_rate = rates.get(dtype) or flop_per_s * (print_.matmul_gain or 1.0)
     micro, tensor = print_.micro_batches, print_.width_factor
     tokens = shape.batch * shape.seq * print_.batch_factor  # of one micro-batch
     layers = shape.layers * print_.layer_factor
@@ -58,7 +54,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     again = max(0.0, 3 * (print_.flops_factor - 1))  # forward passes recomputed
     calls = layers * micro
 
-    def product(m: float, n: float, k: float, rate: float = narrow_rate) -> float:
+    def product(m: float, n: float, k: float, rate: float = block_rate) -> float:
         return product_s(m, n, k, rate, machine, w)
 
     pairs = [(width, h), (keys, h), (keys, h), (h, width), (f, h), (f, h), (h, f)]

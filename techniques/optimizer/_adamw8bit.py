@@ -21,7 +21,6 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -31,10 +30,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     state["m_codes"], state["m_scales"] = empty_moment(weight.numel(), True, weight.device)
                     state["v_codes"], state["v_scales"] = empty_moment(weight.numel(), False, weight.device)
                 state["step"] += 1
-                rates = Rates(
-                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
-                    1 - beta1 ** state["step"], 1 - beta2 ** state["step"],
-                )  # fmt: skip
+                rates = Rates.of(group, state["step"])
                 if weight.numel():  # a rank may hold nothing of a small parameter
                     first = Moment(state["m_codes"], state["m_scales"])
                     step(weight, grad, first, Moment(state["v_codes"], state["v_scales"]), rates)

@@ -28,7 +28,6 @@ class SinglePassAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -39,9 +38,8 @@ class SinglePassAdamW(torch.optim.Optimizer):
                     if p.dtype != torch.float32:
                         state["master"] = p.float()
                 state["step"] += 1
-                rates = Rates(
-                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
-                    1 - beta1 ** state["step"], 1 - beta2 ** state["step"],
-                )  # fmt: skip
-                scale = torch.ones((), device=p.device) if self.scale is None else self.scale
-                step(p, state.get("master"), p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scale, rates)
+                if self.scale is None:  # nothing was clipped yet
+                    self.scale = torch.ones((), device=p.device)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                rates = Rates.of(group, state["step"])
+                step(p, state.get("master"), p.grad.contiguous(), *moments, self.scale, rates)
