@@ -103,7 +103,8 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
                 source=f"time from the start of the worker to its first measured step; {birth()}",
             )
         ceilings = meter.ceilings()
-    verdict, figures = meter.validity(), []
+    verdict = meter.validity()
+    figures: list[dict[str, Any]] = []
     if ranks > 1:
         metrics, verdict, figures = of_all_ranks(ranks, metrics, verdict, device)
     data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
