@@ -103,7 +103,10 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
                 source=f"time from the start of the worker to its first measured step; {birth()}",
             )
         ceilings = meter.ceilings()
-    figures = per_rank(rank, ranks, metrics, device)
+    verdict = meter.validity()
+    figures: list[dict[str, Any]] = []
+    if ranks > 1:
+        metrics, verdict, figures = of_all_ranks(ranks, metrics, verdict, device)
     data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
     result: dict[str, Any] = {
         "status": "ok",
@@ -112,12 +115,12 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
         "details": pipeline.details,
         "windows": {window.name: window.summary() for window in meter.windows},
         "environment": environment() | {"ceilings": ceilings, "birth": birth()},
-        "validity": meter.validity(),
+        "validity": verdict,
         "artifacts": pipeline.artifacts,
         "ranks": figures,
     }
     foreign = [f["detail"] for f in result["validity"]["flags"] if f["code"] == "contaminated"]
-    if foreign:
+    if foreign and rank == 0:  # the others let it finish: it has what was measured
         result |= {"status": "contaminated", "reason": foreign[0]}
     result["fingerprint"] = {
         "machine": machine_id(),
@@ -140,18 +143,23 @@ def birth() -> str:
     return "forked, torch imported before" if FORKED in os.environ else "started"
 
 
-def per_rank(rank: int, ranks: int, metrics: dict[str, Any], device: Any) -> list[dict[str, Any]]:
-    """Figures of every rank, gathered so that rank 0 can write them."""
-    names = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "process_memory_bytes", "energy_j",
-             "parameter_bytes", "gradient_bytes", "optimizer_bytes")  # fmt: skip
-    mine = {"rank": rank, "device": str(device), **{n: metrics[n].value for n in names if n in metrics}}
-    if ranks == 1:
-        return []
+def of_all_ranks(ranks: int, metrics: dict[str, Any], verdict: dict[str, Any], device: Any) -> tuple[Any, Any, Any]:
+    """The run's metrics and validity, and the figures of each rank; all ranks call this together."""
     import torch
 
-    gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, mine)
-    return gathered
+    from dyno.measure.together import ADDED, FULLEST, together
+    from dyno.measure.validity import of_ranks
+
+    names = ("step_time_s", "tokens_per_s", *ADDED, *FULLEST)
+    every: list[Any] = [None] * ranks
+    mine = {n: metrics[n] for n in names if n in metrics}
+    torch.distributed.all_gather_object(every, (mine, verdict, str(device)))
+    rows, verdicts, devices = zip(*every, strict=True)
+    figures = [
+        {"rank": rank, "device": devices[rank], **{name: metric.value for name, metric in row.items()}}
+        for rank, row in enumerate(rows)
+    ]
+    return together(metrics, rows, device.type), of_ranks(verdicts), figures
 
 
 def _train(pipeline: Any) -> Any:

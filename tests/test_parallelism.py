@@ -78,6 +78,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero3_adamw8bit": (2, ["parallelism=zero3", "optimizer=adamw8bit"]),
     "zero3_chunked": (2, ["parallelism=zero3", "loss=chunked", "loss.rows=10"]),
     "ddp_chunked": (2, ["parallelism=ddp", "loss=chunked", "loss.rows=10"]),
+    "ring_chunked": (2, ["parallelism=context", "loss=chunked", "loss.rows=10"]),
     "ddp_documents": (2, ["parallelism=ddp", "packing=documents", *TWICE]),
     "zero3_documents": (2, ["parallelism=zero3", "packing=documents"]),
     "tensor_documents": (2, ["parallelism=tensor", "packing=documents"]),
@@ -236,7 +237,7 @@ def test_other_optimizers_step_on_sharded_parameters(case, results):
         torch.testing.assert_close(seen["losses"], expected["losses"], atol=1e-4 if "muon" in case else 0.03, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["zero3_chunked", "ddp_chunked"])
+@pytest.mark.parametrize("case", ["zero3_chunked", "ddp_chunked", "ring_chunked"])
 def test_ranks_with_the_head_in_chunks_train_like_one_process(case, results):
     for seen in results[case]:
         torch.testing.assert_close(seen["losses"], results["one"][0]["losses"], atol=1e-5, rtol=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dyno.measure.nvml import NotMeasured, NvmlDevice, throttle_names
 from dyno.measure.power import EMPTY_LOG, PowerLog
 
 DISQUALIFYING = {"contaminated", "hw_slowdown", "hw_thermal", "sw_thermal", "hw_power_brake", "power_limit_changed"}
+HOST = {"host_busy", "page_faults"}
 HARMLESS_THROTTLE = {"gpu_idle", "applications_clocks", "display_clocks", "sync_boost"}
 BUSY_SHARE = 0.1
 """The share of a device, or of the host's cores, that somebody else may use before it is flagged."""
@@ -90,6 +92,15 @@ def merge(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
     """One verdict for a whole run: every distinct flag once, ok only if all are."""
     flags = {(flag["code"], flag["detail"]): flag for verdict in verdicts for flag in verdict["flags"]}
     return {"ok": all(verdict["ok"] for verdict in verdicts), "flags": list(flags.values())}
+
+
+def of_ranks(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The verdict of a run from those of its ranks; a flag of another rank than 0 says which, the host's come once."""
+    told = [dict(verdicts[0])]
+    for rank, verdict in enumerate(verdicts[1:], 1):
+        flags = [flag(f["code"], f"rank {rank}: {f['detail']}") for f in verdict["flags"] if f["code"] not in HOST]
+        told.append({**verdict, "flags": flags})
+    return merge(told)
 
 
 def flag(code: str, detail: str) -> dict[str, str]:

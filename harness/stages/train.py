@@ -21,6 +21,7 @@ from dyno import quality
 from dyno.artifacts import acting, stage_key
 from dyno.errors import NonFinite, UserError
 from dyno.kernels.attention import eager
+from dyno.measure.communication import communication
 from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast, initial_std, rope_frequencies
 from dyno.record import Metric
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY_S = 2.0
 MAX_GRADIENT_NORM = 1.0
+FIRST_LOSSES = 10  # whose losses are noted: what rows that should train alike are held to
 DRAWN_ON_DEVICE = 5e7  # parameters; smaller models start from the same weights on every device
 
 
@@ -141,6 +143,7 @@ class Trainer:
         self.batches = self.batches_of(seed)
         self.tally = Tally()
         self.loss = torch.zeros((), device=run.device)
+        self.first: list[Tensor] = []
         self.steps = self.skipped = 0
 
     def batches_of(self, seed: int) -> Iterator[Batch]:
@@ -159,6 +162,8 @@ class Trainer:
         *whole, tally = next(self.batches)
         tokens, targets = (on_device(t, run.device) for t in run.part("local_batch")(*whole))
         self.loss = run.part("gradients")(tokens, targets)
+        if self.steps < FIRST_LOSSES:
+            self.first.append(self.loss)
         if scaler:
             scaler.unscale_(self.optimizer)
         run.part("clip")(self.parameters, MAX_GRADIENT_NORM)
@@ -197,6 +202,10 @@ class Trainer:
         """The last step's loss over the rows of all ranks, which call this together."""
         self.finite_loss()
         return float(self.run.part("global_loss")(self.loss))
+
+    def first_losses(self) -> list[float]:
+        """The losses of the first steps over the rows of all ranks, which call this together."""
+        return self.run.part("global_loss")(torch.stack(self.first)).tolist()
 
 
 def key(pipeline: Pipeline, data_key: str) -> str:
@@ -349,8 +358,11 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     seen = trainer.tally - before
     window.flops = step_flops(model.config, seen.positions, seen.span / seen.positions) / pipeline.ranks
     trainer.finite_loss()
+    run.note("first_losses", trainer.first_losses())
     metrics |= window.metrics()
     metrics |= seen.metrics(metrics["tokens_per_s"])
+    if pipeline.ranks > 1:  # last: a profiler may leave something behind
+        metrics |= communication(trainer.step, pipeline.device, run.note)
     total, _ = parameter_counts(model.config)
     metrics["parameters"] = Metric(total, "parameters", source="count")
     if run.part("scaler"):

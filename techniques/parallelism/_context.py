@@ -49,10 +49,10 @@ def split(grid: Grid, run: Run) -> None:
 
         return cut
 
-    def evaluated(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def logits(tokens: Tensor) -> Tensor:
+    def evaluated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def logits(tokens: Tensor, **more: Tensor) -> Tensor:
             if torch.is_grad_enabled():  # a training step: the tokens are this rank's part already
-                return forward(tokens)
+                return forward(tokens, **more)
             seq, device = tokens.shape[1], tokens.device
             part = forward(tokens[:, mine(seq, device)]).contiguous()
             parts = [torch.empty_like(part) for _ in range(ranks)]

@@ -115,6 +115,7 @@ class Pipeline:
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """A step's gradients; the mean loss of these rows on every rank of the pipeline."""
+        tokens = tokens.contiguous()  # torch 2.11 holds a stage's inputs to the strides that it was built with
         self.schedule = self.schedule or self.build(tokens)
         losses: list[Tensor] = []
         arguments = (tokens,) if 0 in self.stages else ()

@@ -1,0 +1,70 @@
+"""The cells of benchmarks/layouts.py: they are recipes that the plan lets through, and rows are held to one GPU's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dyno.measure.environment import Device
+from dyno.plan import predict, reasons
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import layouts  # noqa: E402
+
+CARD = 80 * 2**30
+
+
+def device(gpus: int) -> Device:
+    return Device("cuda", 0, "NVIDIA H100 80GB HBM3", CARD, (9, 0), None, gpus)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_cells_have_names_of_their_own_and_take_as_many_gpus_as_they_say(gpus):
+    cells = layouts.cells(gpus)
+    assert len({cell.key for cell in cells}) == len(cells)
+    for cell in [c for c in cells if c.key.startswith("160m/")]:
+        (layout,) = cell.recipe().techniques["parallelism"]
+        assert layout.world_size == (1 if cell.key.endswith("/one") else gpus), cell.key
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_every_layout_of_the_small_model_can_run(gpus):
+    for cell in layouts.cells(gpus):
+        if cell.key.startswith(("160m/", "deep/")):
+            assert not reasons(cell.recipe(), device(gpus)), cell.key
+
+
+def test_the_deep_model_is_too_large_for_one_gpu_and_fits_two():
+    deep = {c.key: predict(c.recipe(), device(2)).verdict() for c in layouts.cells(2) if c.key.startswith("deep/")}
+    assert (deep.pop("deep/one") or ("fits",))[0] == "out_of_memory"
+    assert set(deep) >= {"deep/zero3", "deep/tensor", "deep/1f1b"} and not any(deep.values())
+
+
+def test_strong_cells_keep_the_batch_and_weak_ones_the_rows_a_gpu():
+    found = {name: words[-1] for name, words in layouts.scaling(8, 64).items()}
+    assert found == {
+        "weak1": "workload.batch=8", "weak2_ddp": "workload.batch=16", "strong2_ddp": "workload.batch=64",
+        "weak2_zero1": "workload.batch=16", "strong2_zero1": "workload.batch=64", "weak2_zero3": "workload.batch=16",
+        "strong2_zero3": "workload.batch=64", "weak4_ddp": "workload.batch=32", "strong4_ddp": "workload.batch=64",
+        "weak4_zero1": "workload.batch=32", "strong4_zero1": "workload.batch=64", "weak4_zero3": "workload.batch=32",
+        "strong4_zero3": "workload.batch=64",
+    }  # fmt: skip
+
+
+def record(losses: list[float], ranks: int, rate: float) -> dict:
+    return {
+        "status": "ok", "reason": None, "ranks": [{}] * ranks if ranks > 1 else [],
+        "metrics": {"tokens_per_s": {"value": rate}}, "details": {"train": {"first_losses": losses}},
+    }  # fmt: skip
+
+
+def test_a_row_is_a_gpus_share_and_its_losses_are_held_to_one_gpu():
+    one, two = record([3.0, 2.5, 2.0], 1, 100.0), record([3.001, 2.47], 2, 180.0)
+    row = layouts.row_of("160m/ddp", two, one)
+    assert row["gpus"] == 2 and row["tokens_per_s_per_gpu"] == 90 and row["mfu"] is None
+    assert row["loss_apart"] == pytest.approx(0.03)
+    assert layouts.row_of("160m/weak1", one, two)["loss_apart"] is None  # it took another batch
+    failed = {"status": "crashed", "reason": "rank 1", "ranks": [], "metrics": {}, "details": {}}
+    assert layouts.row_of("160m/ddp", failed, one)["loss_apart"] is None
