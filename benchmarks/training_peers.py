@@ -1,13 +1,13 @@
 """Training here against transformers with torch.compile and with liger-kernel: speed, memory and loss in one run.
 
-    python benchmarks/training_peers.py --steps 200 --seeds 1                      # model=1b, 8 x 2048
-    python benchmarks/training_peers.py --model 160m --steps 200 --seeds 3 --parallel 3
+    python benchmarks/training_peers.py --steps 200                                # model=1b, 8 x 2048
+    python benchmarks/training_peers.py --model 160m --steps 200 --seeds 0 1 2 --parallel 3
     python benchmarks/training_peers.py --layers 4 --steps 20 --only "dyno bf16" "transformers compile"
 
 Every variant starts from the same weights, takes the same batches of the embedded corpus, and steps with fused AdamW
 after clipping the gradients' norm. Each runs in a process of its own; `--parallel` ones compile side by side, and step in
 turn. Prints a JSON line a variant and seed, then one with the ratios: tokens/s with 95% intervals over blocks of steps,
-and the loss over the last steps against the other variant's at the same seed. A variant already in `--out` is not run.
+and the loss over the last steps against the other variant's at the same seed. A variant and seed already in `--out` is not run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ import numpy as np
 
 OURS = ["compile=on", "attention=sdpa_cudnn"]
 MASTER = [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"]
+FUSED = ["loss=fused", "loss.rows=16384"]  # all logits of a step of 8 x 2048 in one chunk
+GRAPHS = ["compile.mode=reduce-overhead"]
 FP8 = ["precision=fp8", "precision.weights=bfloat16"]
 VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
     "dyno bf16 single_pass": [*OURS, "precision=bf16", "optimizer=adamw_single_pass"],
     "dyno bf16_master": MASTER,
-    "dyno bf16_master fused graphs": [*MASTER, "loss=fused", "loss.rows=16384", "compile.mode=reduce-overhead"],
-    "dyno bf16_master fused": [*MASTER, "loss=fused", "loss.rows=16384"],
+    "dyno bf16_master fused": [*MASTER, *FUSED],
+    "dyno bf16_master fused graphs": [*MASTER, *FUSED, *GRAPHS],
     "dyno fp8": [*OURS, *FP8, "optimizer=adamw_single_pass"],
-    "dyno fp8 fused": [*OURS, *FP8, "optimizer=adamw_single_pass", "loss=fused", "loss.rows=16384"],
+    "dyno fp8 fused graphs": [*OURS, *FP8, "optimizer=adamw_single_pass", *FUSED, *GRAPHS],
     "transformers compile": {"compile": True},
     "transformers compile pure": {"compile": True, "pure": True},
     "transformers liger": {"liger": True},
@@ -179,6 +181,8 @@ def measure(name: str, given: argparse.Namespace) -> None:
     """One variant in this process: prints a JSON line a seed."""
     import torch
 
+    from dyno.measure.memory import graph_bytes
+
     kind = VARIANTS[name]
     made = Ours(given, kind) if isinstance(kind, list) else Transformers(given, **kind)
     began = time.perf_counter()
@@ -186,7 +190,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     torch.cuda.synchronize()
     first_s = time.perf_counter() - began
     with turn(given):
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             step, losses = made.begin(seed), []
             torch.cuda.reset_peak_memory_stats()
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(given.steps + 1)]
@@ -203,7 +207,8 @@ def measure(name: str, given: argparse.Namespace) -> None:
                 "first_step_s": round(first_s, 1), "step_time_s": median,
                 "tokens_per_s": given.batch * given.seq / median,
                 "model_flop_per_s": made.step_flops / median, "mfu": made.step_flops / median / PEAK,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+                "peak_memory_bytes": torch.cuda.max_memory_allocated() + graph_bytes(torch.device("cuda", 0)),
+                "reserved_memory_bytes": torch.cuda.max_memory_reserved(),
                 "losses": [round(float(loss), 5) for loss in losses], "step_times_s": [round(t, 6) for t in times],
             }  # fmt: skip
             print(json.dumps(row), flush=True)
@@ -248,10 +253,10 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def child(name: str, given: argparse.Namespace) -> list[str]:
+def child(name: str, given: argparse.Namespace, seeds: list[int]) -> list[str]:
     """A variant in a fresh process; its lines, or one that says how it failed."""
     flags = ["--model", given.model, "--layers", str(given.layers), "--batch", str(given.batch), "--seq", str(given.seq),
-             "--steps", str(given.steps), "--seeds", str(given.seeds), "--results", given.results]  # fmt: skip
+             "--steps", str(given.steps), "--results", given.results, "--seeds", *map(str, seeds)]  # fmt: skip
     if given.profile:
         flags += ["--profile", str(Path(given.profile) / f"{name.replace(' ', '-')}.txt")]
     done = subprocess.run([sys.executable, __file__, "--variant", name, *flags], capture_output=True, text=True)
@@ -269,7 +274,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=1e9, help="start no variant after so long")
     parser.add_argument("--parallel", type=int, default=1, help="variants that compile side by side")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
@@ -287,12 +292,14 @@ def main() -> int:
     out, started = Path(given.out), time.monotonic()
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     made_data = recipe_of(given, 0, [])
-    there = {row["variant"] for row in rows if row.get("model") == made_data.config["model"]["name"]}
+    model = made_data.config["model"]["name"]
+    there = {(row["variant"], row.get("seed")) for row in rows if row.get("model") == model}
 
     def one(name: str) -> None:
-        if name in there or time.monotonic() - started > given.seconds:
+        seeds = [seed for seed in given.seeds if (name, seed) not in there]
+        if not seeds or time.monotonic() - started > given.seconds:
             return
-        for text in child(name, given):
+        for text in child(name, given, seeds):
             with out.open("a") as file:
                 file.write(text + "\n")
             rows.append(json.loads(text))

@@ -153,7 +153,7 @@ def test_forked_from_the_second_run_on(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_forked_workers_have_the_gpu_and_the_server_has_not(tmp_path, monkeypatch):
     (tmp_path / "cuda.py").write_text("import torch; print(torch.ones(7, device='cuda').sum().item())")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     server, lines = ForkServer(runner.IMPORTS), []
     try:
         for _ in range(2):

@@ -89,7 +89,7 @@ def cross_entropy(element):
     from dyno.kernels import _cross_entropy
 
     pointers = {"Logits": element, "Targets": "i64", "Losses": "fp32"}
-    return compiled(_cross_entropy._losses_and_slopes, pointers, {"BLOCK": _cross_entropy.MAX_BLOCK}, 16, 3)
+    return compiled(_cross_entropy._losses_and_slopes, pointers, {"BLOCK": _cross_entropy.MAX_BLOCK}, 32, 3)
 
 
 def adamw8bit():

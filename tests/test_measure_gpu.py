@@ -65,6 +65,18 @@ def test_memory_peak(tmp_path):
     assert w.metrics()["device_memory_bytes"].value >= 1 << 30
 
 
+def test_memory_of_a_graph_that_allocates_nothing_when_it_is_replayed(tmp_path):
+    x, graph = torch.ones(1 << 26, device=GPU), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ((x + 1) * 2).sum()
+    with Meter(GPU, MEASURE | {"energy": False}, {"device": "cuda"}, tmp_path) as meter, meter.window("w") as w:
+        for _ in w.steps(1):
+            graph.replay()
+    peak = w.metrics()["peak_memory_bytes"]
+    assert peak.value >= torch.cuda.memory_allocated(GPU) + (1 << 28) and "graphs" in peak.source
+    assert y.item() == 4 << 26
+
+
 def test_measuring_costs_less_than_half_a_per_cent_of_a_millisecond(tmp_path):
     """The same loop with all meters on and with none, alternating; the interval of the ratio is the verdict."""
     a = torch.randn(6144, 6144, device=GPU, dtype=torch.bfloat16)  # about 0.7 ms

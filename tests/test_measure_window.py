@@ -14,6 +14,7 @@ import torch
 
 from dyno.measure import hardware, probe
 from dyno.measure.clock import HostClock
+from dyno.measure.memory import graph_bytes
 from dyno.measure.power import NullPower
 from dyno.measure.warmup import steps_to_fill, warm_up
 from dyno.measure.window import Meter
@@ -245,3 +246,13 @@ def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):
         meter.take_turn()  # is its own already
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_what_graphs_work_in_counts_though_the_allocator_calls_it_free(monkeypatch):
+    sizes = [(0, (0, 0), 9, 4), (0, (1, 0), 100, 30), (0, (0, 2), 8, 8), (1, (1, 0), 1000, 0)]
+    segments = [
+        {"device": device, "segment_pool_id": pool, "total_size": total, "allocated_size": live}
+        for device, pool, total, live in sizes
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert [graph_bytes(torch.device("cuda", i)) for i in range(3)] == [70, 1000, 0]

@@ -25,6 +25,16 @@ def proc_kib(path: Path, field: str) -> int:
     raise NotMeasured(f"{path} has no {field}")
 
 
+def graph_bytes(device: torch.device) -> int:
+    """Bytes that CUDA graphs on a device work in and that the allocator calls free: a replay allocates nothing."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(
+        s["total_size"] - s["allocated_size"]
+        for s in segments
+        if s["device"] == device.index and tuple(s["segment_pool_id"]) != (0, 0)
+    )
+
+
 class MemoryMeter:
     """Peaks since `reset`, on one device. `nvml` is None on a CPU and where there is no NVML."""
 
@@ -46,9 +56,10 @@ class MemoryMeter:
     def read(self) -> dict[str, Metric]:
         """peak_memory_bytes, process_memory_bytes and device_memory_bytes."""
         if self.device.type == "cuda":
-            peak = Metric(torch.cuda.max_memory_allocated(self.device), "B", source="torch_allocator")
+            graphs = graph_bytes(self.device)
+            source = "torch_allocator" + (" and the pools of CUDA graphs" if graphs else "")
             return {
-                "peak_memory_bytes": peak,
+                "peak_memory_bytes": Metric(torch.cuda.max_memory_allocated(self.device) + graphs, "B", source=source),
                 "reserved_memory_bytes": Metric(
                     torch.cuda.max_memory_reserved(self.device), "B", source="torch_allocator"
                 ),
