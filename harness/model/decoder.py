@@ -179,12 +179,14 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
     def initialise(self, seed: int) -> Decoder:
-        """Normal weights, see `initial_std`; the same for every device when the model is on the CPU."""
+        """Normal weights, see `initial_std`, biases of zero; the same for every device when the model is on the CPU."""
         generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.dim() > 1:
                     nn.init.normal_(weight, std=initial_std(name, self.config), generator=generator)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(weight)
         return self
 
     def embedded(self, tokens: Tensor) -> Tensor:

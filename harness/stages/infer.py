@@ -69,15 +69,14 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     meter, config = pipeline.meter, pipeline.recipe.config
     assert meter is not None
     workload = config["workload"]
-    model, reference, weights_key = compress.compress(pipeline)
+    model, original, weights_key = compress.compress(pipeline)
     data_path, _, _ = pipeline.data()
     held_out = np.load(data_path / "validation.npy", mmap_mode="r")
     run = prepared_run(pipeline, model)
     pipeline.progress("infer: quality")
     metrics: dict[str, Metric] = compress.size_metrics(model)
     with torch.no_grad(), run.part("autocast")():
-        metrics |= quality.against(run.part("forward"), reference, held_out, workload, pipeline.device)
-    del reference
+        metrics |= quality.against(run.part("forward"), original, held_out, workload, pipeline.device)
     if workload["new_tokens"] <= 0:
         return metrics, weights_key
     prompts = take_prompts(held_out, workload).to(pipeline.device)
