@@ -104,6 +104,10 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
             )
         ceilings = meter.ceilings()
     figures = per_rank(rank, ranks, metrics, device)
+    if ranks > 1 and device.type == "cuda":  # each has a device of its own; processes on a CPU share one
+        from dyno.stages.ranks import spent_together
+
+        metrics |= spent_together(metrics, ranks)
     data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
     result: dict[str, Any] = {
         "status": "ok",
