@@ -175,8 +175,10 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
         if metrics["ttft_s"].value is not None:
             total = metrics["ttft_s"].value + new * step.value / per_pass
             metrics["end_to_end_s"] = Metric(total, "s", step.count, source="ttft_s + new_tokens x tpot_s")
-    if not bool(torch.isfinite(model(session.tokens[:, -prompt:])).all()):
-        raise NonFinite("the logits of the generated text are not finite")
+    # Of every token the states, but the logits of one: of all they would take more memory than the model.
+    states = model.hidden_states(session.tokens[:, -prompt:])
+    if not all(bool(torch.isfinite(x).all()) for x in (states, model.lm_head(states[:, -1:]))):
+        raise NonFinite("the states or logits of the generated text are not finite")
     return metrics
 
 
