@@ -174,8 +174,9 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     if recipe.config["workload"]["measures"] != "train":
         plan.terms, plan.memory_band = memory.serving(shape, share, device.kind), UNCALIBRATED["memory"][True]
         plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
-        plan.wire_bytes_per_step = wire_bytes(shape, share)
         workload = recipe.config["workload"]
+        fed = 1.0 if share.kv_cache_factor > 0 else workload["prompt"] + workload["new_tokens"] / 2
+        plan.wire_bytes_per_step = wire_bytes(shape, share, fed)
         if plan.machine and workload["measures"] == "infer" and workload["new_tokens"] > 0:
             positions = max(getattr(t, "positions_per_pass", 1) for t in techniques)
             plan.serving = serving_time(
