@@ -2,7 +2,7 @@
 
 An axis belongs to the stage where it acts. `shared` axes act in training and in inference: they act in the stage that
 the workload measures, and stages that only prepare an artifact run without them, so that a sweep over an execution
-option (attention kernel, precision, compile) compares the same weights.
+option (attention kernel, precision, layout, compile) compares the same weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AXES: tuple[Axis, ...] = (
     Axis("loss", "train", "full", "how the loss is computed from the last hidden states"),
     Axis("precision", "train", "fp32", "number formats of weights and arithmetic", shared=True),
     Axis("attention", "train", "math", "how softmax(QK')V is computed", shared=True),
-    Axis("parallelism", "train", "none", "how a step is split over ranks"),
+    Axis("parallelism", "train", "none", "how a step or a pass is split over ranks", shared=True),
     Axis("packing", "train", "stream", "how documents become the rows of a step"),
     Axis("checkpointing", "train", "none", "which activations are kept and which recomputed"),
     Axis("accumulation", "train", "none", "micro-batches a step"),

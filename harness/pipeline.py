@@ -43,9 +43,10 @@ class Pipeline:
         return self.recipe.config["workload"]["measures"]
 
     def run(self, stage: str) -> Run:
-        """A fresh run of a stage, its details kept in the pipeline's."""
+        """A fresh run of a stage, its details kept in the pipeline's. Only the measured stage is one of several ranks."""
         details = self.details.setdefault(stage, {})
-        run = Run(self.recipe, stage, self.device, self.directory, self.rank, self.ranks, details=details)
+        rank, ranks = (self.rank, self.ranks) if stage == self.measured else (0, 1)
+        run = Run(self.recipe, stage, self.device, self.directory, rank, ranks, details=details)
         run.build_model = self.build_model
         return run
 
@@ -88,7 +89,7 @@ class Pipeline:
         from dyno.stages import train
 
         other = self.inner(overrides)
-        model = train.load(other, train.prepare(other)[0])
+        model = train.prepare(other)[0]()
         self.artifacts += other.artifacts
         return model
 

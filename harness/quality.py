@@ -54,11 +54,19 @@ def loss_metrics(
 
 @torch.no_grad()
 def against(
-    forward: Forward, reference: Forward, held_out: np.ndarray, workload: dict[str, Any], device: torch.device
+    forward: Forward,
+    original: Callable[[], Forward],
+    held_out: np.ndarray,
+    workload: dict[str, Any],
+    device: torch.device,
 ) -> dict[str, Metric]:
-    """loss_metrics, and mean KL(reference || model) in nats and top-1 agreement with the reference, a token."""
+    """loss_metrics, and mean KL(original || model) in nats and top-1 agreement with the original, a token.
+
+    `original` makes the unmodified model, which is in memory no longer than this needs it.
+    """
     if workload["eval_tokens"] <= 0:
         return switched_off("validation_loss", "perplexity", "kl_divergence", "top1_agreement")
+    reference = original()
     losses, divergences, agreements, tokens_seen = [], [], [], 0
     for tokens, targets in windows(held_out, workload, device):
         logits, expected = forward(tokens).float(), reference(tokens).float()

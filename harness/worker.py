@@ -145,16 +145,13 @@ def birth() -> str:
 
 def of_all_ranks(ranks: int, metrics: dict[str, Any], verdict: dict[str, Any], device: Any) -> tuple[Any, Any, Any]:
     """The run's metrics and validity, and the figures of each rank; all ranks call this together."""
-    import torch
-
     from dyno.measure.together import ADDED, FULLEST, together
     from dyno.measure.validity import of_ranks
+    from dyno.stages.ranks import gathered
 
     names = ("step_time_s", "tokens_per_s", *ADDED, *FULLEST)
-    every: list[Any] = [None] * ranks
     mine = {n: metrics[n] for n in names if n in metrics}
-    torch.distributed.all_gather_object(every, (mine, verdict, str(device)))
-    rows, verdicts, devices = zip(*every, strict=True)
+    rows, verdicts, devices = zip(*gathered((mine, verdict, str(device)), ranks), strict=True)
     figures = [
         {"rank": rank, "device": devices[rank], **{name: metric.value for name, metric in row.items()}}
         for rank, row in enumerate(rows)

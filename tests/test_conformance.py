@@ -171,7 +171,7 @@ def placed(recipe: Recipe, directory: Any) -> Recipe:
 
 
 SHARED = [(axis.name, option, "infer") for axis in AXES if axis.shared for option in groups()[axis.name]]
-RUNS = [(*option, measured(option[0])) for option in OPTIONS if option[0] != "parallelism"] + SHARED
+RUNS = [run for run in [(*option, measured(option[0])) for option in OPTIONS] + SHARED if run[0] != "parallelism"]
 SLOW = {("compile", "on", "infer")}  # Inductor on a CPU: once is enough
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from dyno.kernels.attention import eager
 from dyno.stages import infer
@@ -340,3 +341,20 @@ def test_a_draft_is_served_like_its_target(tmp_path):
     run = infer.prepared_run(pipeline, target)
     assert run.draft.attend is target.attend is run.part("attention") is not eager
     assert {p.dtype for p in run.draft.parameters()} == {p.dtype for p in target.parameters()} == {torch.bfloat16}
+
+
+def test_one_compiled_graph_serves_all_blocks_at_every_length():
+    """More blocks than the compiler takes variants of a function (8): one of them would run eagerly, and slowly."""
+    counter = CompileCounter()
+    plain, compiled = (tiny.model(0, sharpness=4.0, layers=10) for _ in range(2))
+    for block in compiled.blocks:
+        block.compile(backend=counter, dynamic=True)
+    with torch.inference_mode():
+        texts = []
+        for target in (plain, compiled):
+            session = Greedy().start(tiny.infer_run(target), PROMPTS, 30)
+            for _ in range(12):
+                session.step()
+            texts.append(session.tokens)
+    assert torch.equal(*texts)
+    assert counter.frame_count == 2  # the prompt and one token

@@ -46,3 +46,27 @@ def test_two_gpus_train_like_one(layout, tmp_path, monkeypatch):
     assert two["status"] == "ok", two["reason"]
     for name in ("train_loss", "validation_loss"):
         assert two["metrics"][name]["value"] == pytest.approx(one["metrics"][name]["value"], abs=0.02)
+
+
+@pair
+@pytest.mark.parametrize(
+    "overrides",
+    [["precision=fp32"], ["precision=bf16"], ["precision=bf16", "compile=on"], ["decoding=sampling", "kv_cache=none"]],
+    ids=" ".join,
+)
+def test_two_gpus_decode_like_one(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNO_HOME", str(tmp_path / "home"))
+    small = ["model=micro", "model.vocab_size=258", "corpus=stories", "corpus.size_bytes=200000", "measure=quick",
+             "workload=generate", "workload.steps=20", "workload.eval_tokens=4096", "workload.requests=4",
+             "workload.new_tokens=16", "parallelism=tensor", f"results_dir={tmp_path / 'results'}"]  # fmt: skip
+    one, two = (runner.run(compose([*small, *overrides, f"parallelism.tp={tp}"])) for tp in (1, 2))
+    for out in (one, two):
+        assert out["status"] == "ok", out["reason"]
+    metrics = two["metrics"]
+    assert metrics["perplexity"]["value"] == pytest.approx(one["metrics"]["perplexity"]["value"], rel=0.01)
+    assert metrics["kl_divergence"]["value"] < 1e-3 and metrics["decode_tokens_per_s"]["value"] > 0
+    if "kv_cache=none" not in overrides:
+        assert metrics["wire_bytes"]["value"] == pytest.approx(two["plan"]["wire_bytes_per_step"])
+    assert metrics["cost_usd"]["value"] is None or "2 devices" in metrics["cost_usd"]["source"]
+    ranks = [out["ranks"] for out in (one, two)]
+    assert ranks[0] == [] and len({rank["device"] for rank in ranks[1]}) == 2

@@ -27,7 +27,7 @@ def reason(tmp_path, layout, *overrides, on=None):
 @pytest.mark.parametrize(
     ("layout", "overrides", "words"),
     [
-        (Mesh(dp=2), ["workload=generate"], "measure training"),
+        (Mesh(dp=2), ["workload=data"], "measure training or inference"),
         (Mesh(dp=0), [], "parallelism.dp=0: it takes 1 or more"),
         (Mesh(ep=2), [], "parallelism.ep=2: this decoder has no experts"),
         (Mesh(dp=2, zero=4), [], "parallelism.zero=4: it takes 0"),

@@ -39,7 +39,7 @@ from dyno.measure.power import EMPTY_LOG, NullPower, PowerLog, PowerSource
 from dyno.measure.row import Readings, window_metrics
 from dyno.measure.sampler import Sampler
 from dyno.measure.statistics import summarise
-from dyno.measure.warmup import ranks
+from dyno.measure.warmup import largest_over_ranks, ranks
 from dyno.record import Metric, unmeasured
 
 _PREPARED_MARKS = 4096
@@ -245,6 +245,7 @@ class Window:
         if low > high or high < 1:
             raise UserError(f"a window of at least {low} and at most {high} steps cannot be filled")
         patience_ns = 0 if count is not None else int(float(measure["min_seconds"]) * 1e9)
+        largest_over_ranks(0.0, self.meter.device)  # they begin together: no first step waits for the last to come
         if not self._labels:
             self._clock.start()  # whatever the caller prepared since the window began is no part of the first step
         begin = time.perf_counter_ns()

@@ -24,13 +24,21 @@ from dyno.model.config import ModelConfig
 Attend = Callable[..., Tensor]
 
 
+class LayerCache(Protocol):
+    """One layer's keys and values of the tokens already seen."""
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, S, D); return all keys and values (B, G, T, D)."""
+        ...
+
+
 class Cache(Protocol):
     """Keys and values of the tokens already seen."""
 
     length: int
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, S, D) of one layer; return all keys and values (B, G, T, D)."""
+    def layer(self, index: int) -> LayerCache:
+        """What a block is given: it knows no number of its own, so that one compiled graph serves all blocks."""
         ...
 
     def advance(self, tokens: int) -> None:
@@ -94,10 +102,10 @@ def project_each(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.project: Callable[..., tuple[Tensor, ...]] = project_each
-        self.config, self.layer = config, layer
+        self.config = config
         hidden, width, kv = config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(hidden, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv, bias=config.qkv_bias)
@@ -106,7 +114,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: LayerCache | None) -> Tensor:
         batch, new, _ = x.shape
         dim = self.config.head_dim
         q, k, v = (y.view(batch, new, -1, dim) for y in self.project(x, self.q_proj, self.k_proj, self.v_proj))
@@ -116,7 +124,7 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)
         v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(k, v)
         out = attend(q, k, v, causal=True, scale=None)
         return self.project(out.transpose(1, 2).reshape(batch, new, -1), self.o_proj)[0]
 
@@ -139,14 +147,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: LayerCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -183,7 +191,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         if config.tied_embeddings:
@@ -196,12 +204,14 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
 
     def initialise(self, seed: int) -> Decoder:
-        """Normal weights, see `initial_std`; the same for every device when the model is on the CPU."""
+        """Normal weights, see `initial_std`, biases of zero; the same for every device when the model is on the CPU."""
         generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if weight.dim() > 1:
                     nn.init.normal_(weight, std=initial_std(name, self.config), generator=generator)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(weight)
         return self
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -222,8 +232,8 @@ class Decoder(nn.Module):
         x = self.embedded(tokens)
         cos, sin = self.rotary(cache.length if cache is not None else 0, tokens.shape[1], x, starts)
         attend = self.attend if starts is None else partial(self.attend, documents=Documents(starts))
-        for block in self.blocks:
-            x = self.call_block(block, x, cos, sin, attend, cache)
+        for index, block in enumerate(self.blocks):
+            x = self.call_block(block, x, cos, sin, attend, cache.layer(index) if cache is not None else None)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)

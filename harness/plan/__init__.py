@@ -14,7 +14,7 @@ from dyno.plan import memory, time
 from dyno.plan.advice import memory_advice, time_advice
 from dyno.plan.corrections import corrected_memory, corrected_time, load
 from dyno.plan.machine import Machine, machine_of
-from dyno.plan.serving import ServingTime, serving_time
+from dyno.plan.serving import ServingTime, serving_time, wire_bytes
 from dyno.recipe import Recipe, compose
 from dyno.technique import Shape, combined
 
@@ -170,11 +170,13 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     share = combined(t.footprint(shape, device) for t in techniques)
     if not plan.reasons:
         plan.decisions = [line for t in techniques if (line := t.decides(shape, device))]
-    plan.machine = machine_of(device, recipe.config["hardware"])
+    plan.machine, plan.ranks = machine_of(device, recipe.config["hardware"]), share.ranks
     if recipe.config["workload"]["measures"] != "train":
         plan.terms, plan.memory_band = memory.serving(shape, share, device.kind), UNCALIBRATED["memory"][True]
         plan.flops_per_step = 2.0 * shape.linear_parameters * shape.batch
         workload = recipe.config["workload"]
+        fed = 1.0 if share.kv_cache_factor > 0 else workload["prompt"] + workload["new_tokens"] / 2
+        plan.wire_bytes_per_step = wire_bytes(shape, share, fed)
         if plan.machine and workload["measures"] == "infer" and workload["new_tokens"] > 0:
             positions = max(getattr(t, "positions_per_pass", 1) for t in techniques)
             plan.serving = serving_time(
@@ -182,7 +184,7 @@ def predict(recipe: Recipe, device: Device) -> Plan:
             )
         return plan
     plan.wire_bytes_per_step = time.wire_bytes(share)
-    plan.bubble, plan.ranks, plan.tokens_per_step = share.bubble, share.ranks, shape.batch * shape.seq
+    plan.bubble, plan.tokens_per_step = share.bubble, shape.batch * shape.seq
     looked_at = share.document_share if share.skips_documents else 1.0
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq * looked_at
     plan.flops_per_step = plan.tokens_per_step * (6.0 * shape.linear_parameters + attention) * share.flops_factor

@@ -11,30 +11,39 @@ from typing import TYPE_CHECKING, Any
 from dyno.home import home
 from dyno.measure.hardware import peak_flop_per_s, quantity, resolve
 from dyno.measure.nvml import NotMeasured
+from dyno.plan.links import Link
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
 REACHED = {"matmul": 0.75, "memory": 0.88}  # of a data sheet's peaks, by large products and copies (one H100)
+UNSTATED_LINK = Link(200e9, 5e-6)  # where the hardware states none between its devices
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Ceilings. `matmul` FLOP/s by dtype, `memory` bytes/s read plus written, `power_w` under load; and their source."""
+    """Ceilings. `matmul` FLOP/s by dtype, `memory` bytes/s read plus written, `power_w` under load; and their source.
+    `link` is the one between the devices of a node."""
 
     matmul: dict[str, float]
     memory: float
     power_w: float | None
     source: str
     host_bytes_per_s: float = 25e9  # one way over PCIe 4 x16, as copies from pinned memory reach it
+    link: Link = UNSTATED_LINK
+
+
+def link_of(hardware: Mapping[str, Any]) -> Link:
+    node = hardware.get("node")
+    return Link(float(node["byte_per_s"]), float(node["latency_s"])) if node else UNSTATED_LINK
 
 
 def from_ceilings(found: Mapping[str, Any], hardware: Mapping[str, Any]) -> Machine:
     """From the probe's figures, as a record's environment or the cache keeps them."""
     return Machine(
         dict(found["matrix_flop_per_s"]), float(found["copy_byte_per_s"]), hardware.get("power_limit_w"),
-        f"measured by the probe, {found.get('created', 'undated')}",
+        f"measured by the probe, {found.get('created', 'undated')}", link=link_of(hardware),
     )  # fmt: skip
 
 
@@ -61,4 +70,5 @@ def machine_of(device: Device, hardware: Mapping[str, Any]) -> Machine | None:
         return None
     if not matmul:
         return None
-    return Machine(matmul, REACHED["memory"] * memory, stated.get("power_limit_w"), f"stated: {source}")
+    power_w = stated.get("power_limit_w")
+    return Machine(matmul, REACHED["memory"] * memory, power_w, f"stated: {source}", link=link_of(stated))

@@ -187,13 +187,21 @@ def total(terms: dict[str, float]) -> float:
 
 
 def serving(shape: Shape, print_: Footprint, kind: str) -> Phases:
-    """Weights, the unmodified model beside them while quality is compared, KV cache, logits."""
+    """Weights, the unmodified model beside them while quality is compared, KV cache, logits.
+
+    Tensor ranks share the blocks, the head and the cache; the embedding, the norms, the unmodified model and the logits
+    are whole on each, and so is a head's copy of a tied embedding in part.
+    """
     stored = FP32 if print_.weight_bytes is None else print_.weight_bytes
-    blocks = shape.linear_parameters - shape.vocab * shape.hidden
-    dense = shape.parameters - blocks
-    weights = blocks * stored * print_.linear_factor + dense * max(stored, 2.0)
+    head = shape.vocab * shape.hidden
+    blocks = shape.linear_parameters - head
+    whole = shape.parameters - blocks - (0 if shape.tied else head)
+    copied = print_.width_factor if print_.width_factor < 1 or not shape.tied else 0.0
+    weights = blocks * stored * print_.linear_factor * print_.width_factor
+    weights += (whole + head * copied) * max(stored, 2.0)
     width = max(2.0, min(FP32, stored))
     cache = 2.0 * shape.layers * shape.kv_heads * shape.head_dim * width * shape.batch * shape.seq
+    cache *= print_.width_factor
     base = {"weights": weights, "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES)}
     return {
         "quality": {**base, "unmodified model": FP32 * shape.parameters, "logits": 16 * 512 * shape.vocab * 12.0},

@@ -3,18 +3,24 @@
 Each product takes as long as its FLOPs or its bytes, attention of a decode pass as long as reading keys and values; and
 no pass ends before the host has launched its kernels, as many and as slowly as `dyno.plan.time` takes them to be in a
 forward pass of training. On small models that ceiling decides, and it differs by host and kernel: the band is wide.
+
+Tensor ranks share heads, channels and vocabulary. A layer then ends twice in an all-reduce of its output, and a pass in an
+all-gather of the logits; each takes a launch of the host and, on the device, a start and the link's time, and hides behind
+nothing. No such run has been measured against this.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dyno.plan.links import ring_half_s, ring_s, tree_s
 from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, block_of, keeps_scores
 from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, product_s
 from dyno.technique import Footprint, Shape
 
+COLLECTIVE_LAUNCHES = 2.0  # what its Python takes of the host, in kernels
 BAND = 0.6  # of the seven records in results/reference/h100/generate-160m the worst, quantized, is 59% off
 
 
@@ -57,6 +63,45 @@ def slower(terms: dict[str, float]) -> float:
     return max(terms["host"], sum(terms.values()) - terms["host"])
 
 
+def tensor_ranks(print_: Footprint) -> int:
+    return round(1 / print_.width_factor)
+
+
+def held(shape: Shape, print_: Footprint) -> Shape:
+    """The sizes of a tensor rank's share."""
+    n = tensor_ranks(print_)
+    return replace(
+        shape, heads=shape.heads // n, kv_heads=shape.kv_heads // n, ffn=shape.ffn // n, vocab=shape.vocab // n
+    )
+
+
+def value_width(print_: Footprint) -> float:
+    """Bytes of a served activation, key or value."""
+    return max(2.0, min(FP32, FP32 if print_.weight_bytes is None else print_.weight_bytes))
+
+
+def wire_bytes(shape: Shape, print_: Footprint, tokens: float = 1.0) -> float:
+    """Bytes that a tensor rank sends in a pass of shape.batch requests over `tokens` new tokens each; the logits are
+    those of the last.
+
+    An all-reduce of (B, tokens, h) after attention and after the MLP of every layer, as a ring sends it, and an
+    all-gather of (B, V).
+    """
+    ranks = tensor_ranks(print_)
+    numbers = 4 * shape.layers * tokens * shape.hidden + shape.vocab
+    return shape.batch * numbers * value_width(print_) * (ranks - 1) / ranks
+
+
+def wire_s(shape: Shape, print_: Footprint, machine: Machine, tokens: float) -> float:
+    """Seconds of the same collectives."""
+    ranks, width, link = tensor_ranks(print_), value_width(print_), machine.link
+    if ranks == 1:
+        return 0.0
+    states, logits = shape.batch * tokens * shape.hidden * width, shape.batch * shape.vocab * width
+    reduce = RAMP_S + min(ring_s(ranks, states, link), tree_s(ranks, states, link))
+    return 2 * shape.layers * reduce + RAMP_S + ring_half_s(ranks, logits, link)
+
+
 def pass_terms(
     shape: Shape, print_: Footprint, machine: Machine, kind: str, tokens: float, context: float, width: float
 ) -> dict[str, float]:
@@ -67,6 +112,7 @@ def pass_terms(
     """
     rate = machine.matmul.get(print_.matmul_dtype or "fp32") or machine.matmul["fp32"]
     stored = FP32 if print_.weight_bytes is None else print_.weight_bytes * print_.linear_factor
+    wire, shape = wire_s(shape, print_, machine, tokens), held(shape, print_)
     rows, h, f = shape.batch * tokens, shape.hidden, shape.ffn
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     pairs = [(q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f)]
@@ -79,12 +125,14 @@ def pass_terms(
     )
     attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0
     kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused and not print_.fused else 0.0)
+    kernels += 2 * COLLECTIVE_LAUNCHES * (tensor_ranks(print_) > 1)
     block = block_of(shape, print_)
     return {
         "products": shape.layers * sum(product_s(rows, n, m, rate, machine, stored) for n, m in pairs),
         "attention": shape.layers * attention,
         "elementwise": shape.layers * 2 * block.kept * rows / machine.memory,
         "head": product_s(rows, shape.vocab, h, rate, machine, head_width),
+        "wire": wire,
         "host": LAUNCH_S[print_.fused] * kernels * shape.layers if kind == "cuda" else 0.0,
     }
 
@@ -97,7 +145,7 @@ def serving_time(
     Args:
         positions: tokens a decode pass checks a request; above 1 the number accepted is not known beforehand.
     """
-    width = max(2.0, min(FP32, FP32 if print_.weight_bytes is None else print_.weight_bytes))
+    width = value_width(print_)
     prefill = pass_terms(shape, print_, machine, kind, prompt, prompt / 2, width)
     context = prompt + new / 2
     cached = print_.kv_cache_factor > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,15 @@ if TYPE_CHECKING:
     from dyno.pipeline import Pipeline
 
 
-def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
-    """(compressed model, the unmodified model that entered, weights key).
+def compress(pipeline: Pipeline) -> tuple[Decoder, Callable[[], Decoder], str]:
+    """(compressed model, what makes the unmodified model that entered, weights key).
 
     After each axis the model is kept as an artifact while it still is a plain decoder (a distilled student, a pruned
     model); packed weights are made anew from it, which costs milliseconds.
     """
-    path, before = train.prepare(pipeline)
-    reference = train.load(pipeline, path).eval()
-    model = train.load(pipeline, path).eval()
+    original, before = train.prepare(pipeline)
     run = pipeline.run("compress")
-    run.model = model
+    run.model = original()
     data_path, _, _ = pipeline.data()
     stream = np.load(data_path / "train.npy", mmap_mode="r")
     run.stream = stream
@@ -54,7 +53,7 @@ def compress(pipeline: Pipeline) -> tuple[Decoder, Decoder, str]:
             if is_plain(run.model):
                 keep(pipeline, before, run.model, run.details)
     assert run.model is not None
-    return run.model, reference, before
+    return run.model, original, before
 
 
 def technique_code(technique: Technique) -> str:

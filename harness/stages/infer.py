@@ -17,6 +17,7 @@ from dyno.model.config import ModelConfig, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast
 from dyno.record import Metric
 from dyno.stages import bench, compress
+from dyno.stages.ranks import counted_pass, first_rank_first, same_on_every_rank
 from dyno.technique import Run
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def prepared_run(pipeline: Pipeline, model: Decoder) -> Run:
         forward=model,
         cache=None,
         decode=None,
+        groups={},
+        split=lambda: None,  # leaves of the model what this rank holds
     )
     for chosen in acting(pipeline.recipe, "infer").values():
         for technique in chosen:
@@ -69,15 +72,16 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     meter, config = pipeline.meter, pipeline.recipe.config
     assert meter is not None
     workload = config["workload"]
-    model, reference, weights_key = compress.compress(pipeline)
+    with first_rank_first(pipeline.rank, pipeline.ranks):
+        model, original, weights_key = compress.compress(pipeline)
     data_path, _, _ = pipeline.data()
     held_out = np.load(data_path / "validation.npy", mmap_mode="r")
     run = prepared_run(pipeline, model)
     pipeline.progress("infer: quality")
     metrics: dict[str, Metric] = compress.size_metrics(model)
+    run.part("split")()
     with torch.no_grad(), run.part("autocast")():
-        metrics |= quality.against(run.part("forward"), reference, held_out, workload, pipeline.device)
-    del reference
+        metrics |= quality.against(run.part("forward"), original, held_out, workload, pipeline.device)
     if workload["new_tokens"] <= 0:
         return metrics, weights_key
     prompts = take_prompts(held_out, workload).to(pipeline.device)
@@ -98,8 +102,11 @@ def take_prompts(held_out: np.ndarray, workload: dict[str, Any]) -> Tensor:
 
 
 def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, Any]) -> dict[str, Metric]:
-    """Prefill and decode windows. A round is workload.new_tokens a request; rounds repeat from the prompt's end."""
-    meter, model = pipeline.meter, run.model
+    """Prefill and decode windows. A round is workload.new_tokens a request; rounds repeat from the prompt's end.
+
+    Tokens are those of the whole run; FLOPs, bytes and memory those of a rank, whose model has the sizes that it holds.
+    """
+    meter, model, ranks = pipeline.meter, run.model, pipeline.ranks
     assert meter is not None and model is not None
     decode, new = run.part("decode"), workload["new_tokens"]
     length = prompts.shape[1] + new + 1
@@ -108,7 +115,7 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
     pipeline.progress("infer: prefill")
     warm_prefill = bench.warm_up(meter, lambda: decode.start(run, prompts, length))
     with meter.window("prefill") as window:
-        for _ in window.steps():
+        for _ in window.steps(warm_prefill.steps_to_fill if ranks > 1 else None):
             session: Session = decode.start(run, prompts, length)
     passes = len(window.step_times_s)
     window.dtype = run.part("matmul_dtype")
@@ -138,11 +145,15 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
     while round_tokens < requests * new:
         one_pass()
     warm = bench.warm_up(meter, one_pass)
+    if ranks > 1:
+        metrics |= counted_pass(run, one_pass)
     session.rewind()
     round_tokens = gained = 0
     with meter.window("decode") as window:
-        for _ in window.steps():
+        for _ in window.steps(warm.steps_to_fill if ranks > 1 else None):
             gained += one_pass()
+    if ranks > 1:
+        same_on_every_rank(session.tokens, ranks)
     window.tokens = gained
     passes = len(window.step_times_s)
     window.dtype = run.part("matmul_dtype")
@@ -164,8 +175,10 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
         if metrics["ttft_s"].value is not None:
             total = metrics["ttft_s"].value + new * step.value / per_pass
             metrics["end_to_end_s"] = Metric(total, "s", step.count, source="ttft_s + new_tokens x tpot_s")
-    if not bool(torch.isfinite(model(session.tokens[:, -prompt:])).all()):
-        raise NonFinite("the logits of the generated text are not finite")
+    # Of every token the states, but the logits of one: of all they would take more memory than the model.
+    states = model.hidden_states(session.tokens[:, -prompt:])
+    if not all(bool(torch.isfinite(x).all()) for x in (states, model.lm_head(states[:, -1:]))):
+        raise NonFinite("the states or logits of the generated text are not finite")
     return metrics
 
 

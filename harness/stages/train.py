@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -232,12 +233,20 @@ def save(directory: Path, model: Decoder, state: dict[str, Tensor]) -> None:
 def load(pipeline: Pipeline, path: Path) -> Decoder:
     """A checkpoint as a plain decoder on the pipeline's device."""
     config = ModelConfig(**json.loads((path / "config.json").read_text()))
-    with torch.device(pipeline.device):
+    with torch.device("meta"):
         model = Decoder(config)
     state = load_file(path / "model.safetensors", device=str(pipeline.device))
     if config.tied_embeddings:
         state["lm_head.weight"] = state["embed.weight"]
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)  # not copied: there is no second model while it loads
+    return complete(model, pipeline.device)
+
+
+def complete(model: Decoder, home: torch.device) -> Decoder:
+    """A decoder made on no device whose weights are all there: ties the head and makes what no checkpoint holds."""
+    if model.config.tied_embeddings:
+        model.lm_head.weight = model.embed.weight
+    model.inverse_frequency = rope_frequencies(model.config).to(home)
     return model
 
 
@@ -272,20 +281,24 @@ def drawn_on_device(config: ModelConfig, seed: int, device: torch.device, home: 
             else:  # of a norm, or a bias
                 torch.nn.init.constant_(weight, float(name.endswith("weight")))
         module.to(home)
-    if config.tied_embeddings:
-        model.lm_head.weight = model.embed.weight
-    model.inverse_frequency = rope_frequencies(config).to(home)
-    return model
+    return complete(model, home)
 
 
-def prepare(pipeline: Pipeline) -> tuple[Path, str]:
-    """The train artifact of a recipe that does not measure training: from the cache, or trained now."""
+def prepare(pipeline: Pipeline) -> tuple[Callable[[], Decoder], str]:
+    """(what makes the model, the weights' key) for a recipe that does not measure training.
+
+    From the cache, or trained now. Weights that no step has changed are no artifact: they are drawn each time anew,
+    which takes less time than reading them and, for billions of them, no tens of gigabytes of disk.
+    """
     data_path, manifest, data_key = pipeline.data()
     train_key = key(pipeline, data_key)
-    path = pipeline.store.get("train", train_key)
-    pipeline.used("train", train_key, path is not None)
-    if path is None:
-        workload = pipeline.recipe.config["workload"]
+    workload = pipeline.recipe.config["workload"]
+    if pipeline.recipe.config["model"]["source"] == "config" and workload["steps"] == 0:
+        pipeline.used("train", train_key, False)
+        return lambda: fresh_model(pipeline, manifest).to(pipeline.device).eval(), train_key
+    found = pipeline.store.get("train", train_key)
+    pipeline.used("train", train_key, found is not None)
+    if found is None:
         model = fresh_model(pipeline, manifest)
         run = prepared_run(pipeline, model)
         stream = np.load(data_path / "train.npy", mmap_mode="r")
@@ -298,8 +311,9 @@ def prepare(pipeline: Pipeline) -> tuple[Path, str]:
             save(directory, model, run.part("state_dict")())
             return {"steps": trainer.steps, "loss": float(trainer.loss)}
 
-        path = pipeline.store.put("train", train_key, write)
-    return path, train_key
+        found = pipeline.store.put("train", train_key, write)
+    path = found
+    return lambda: load(pipeline, path).eval(), train_key
 
 
 def step_flops(config: ModelConfig, tokens: int, seq: float) -> float:

@@ -39,6 +39,21 @@ class Recompute(Technique):
         run.replace("cache", NoCache, by=self)
 
 
+@dataclass
+class ContiguousLayer:
+    """One layer's keys and values (B, G, length, D), of which `filled` tokens are there."""
+
+    keys: Tensor
+    values: Tensor
+    filled: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.filled + k.shape[2]
+        self.keys[:, :, self.filled : end] = k
+        self.values[:, :, self.filled : end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class ContiguousCache:
     """Keys and values (B, G, length, D) a layer. `length` counts the tokens whose layers are all filled."""
 
@@ -52,13 +67,11 @@ class ContiguousCache:
             dtype = torch.get_autocast_dtype(like.device.type)
         self.k = torch.zeros(shape, dtype=dtype, device=like.device)
         self.v = torch.zeros_like(self.k)
+        self.views = list(zip(self.k, self.v, strict=True))
         self.length = 0
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def layer(self, index: int) -> ContiguousLayer:
+        return ContiguousLayer(*self.views[index], self.length)
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
@@ -76,7 +89,10 @@ class NoCache:
     def __init__(self, model: Decoder, batch: int, length: int):
         pass
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int) -> NoCache:
+        return self
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
 
     def advance(self, tokens: int) -> None:

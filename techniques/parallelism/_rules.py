@@ -19,15 +19,20 @@ RING_ATTENTIONS = ("sdpa", "sdpa_flash")
 
 
 def reason(layout: Mesh, recipe: Recipe, device: Device) -> str | None:
-    if recipe.config["workload"]["measures"] != "train":
-        return "a parallel layout is for workloads that measure training"
+    measures = recipe.config["workload"]["measures"]
+    if measures not in ("train", "infer"):
+        return "a parallel layout is for workloads that measure training or inference"
     wrong = next(knobs(layout), None)
     if wrong:
         return wrong
     shape = shape_of(recipe)
     assert shape is not None
-    for rules in (machine(layout, device), data(layout, shape), tensor(layout, shape), pipeline(layout, shape, recipe),
-                  context(layout, shape, recipe), neighbours(layout, recipe)):  # fmt: skip
+    here = machine(layout, device), widths(layout, shape)
+    for rules in (
+        (serving(layout), *here, served_neighbours(layout, recipe)) if measures == "infer"
+        else (*here, data(layout, shape), tokens(layout, shape), pipeline(layout, shape, recipe),
+              context(layout, shape, recipe), neighbours(layout, recipe))
+    ):  # fmt: skip
         wrong = next(rules, None)
         if wrong:
             return wrong
@@ -76,12 +81,40 @@ def data(layout: Mesh, shape: Shape) -> Iterator[str]:
         yield f"workload.batch={shape.batch} cannot be split over parallelism.dp={layout.dp}{over}"
 
 
-def tensor(layout: Mesh, shape: Shape) -> Iterator[str]:
+def serving(layout: Mesh) -> Iterator[str]:
+    """Degrees that inference does not take."""
+    for name in ("dp", "pp", "cp"):
+        if getattr(layout, name) > 1:
+            yield (
+                f"parallelism.{name}={getattr(layout, name)}: inference is split over tensor ranks only; use "
+                "parallelism=tensor, or a workload that measures training"
+            )
+    if layout.zero:
+        yield f"parallelism.zero={layout.zero} shards what training keeps; inference takes parallelism=tensor (zero=0)"
+
+
+def served_neighbours(layout: Mesh, recipe: Recipe) -> Iterator[str]:
+    """What other axes make of a model that tensor ranks cannot serve."""
+    if layout.tp == 1:
+        return
+    if recipe.config["quantization"].get("bits"):
+        yield f"packed weights and their scales cannot be cut over parallelism.tp={layout.tp}; use quantization=none"
+    if recipe.config["decoding"].get("draft"):
+        yield (
+            "a draft model runs whole on every rank, and ranks whose drafts differed in a bit would wait for each other "
+            "for ever; use decoding=greedy or sampling"
+        )
+
+
+def widths(layout: Mesh, shape: Shape) -> Iterator[str]:
     for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads), ("ffn_width", shape.ffn),
                        ("vocab_size", shape.vocab)):  # fmt: skip
         if size % layout.tp:
             hint = f"; {-(-size // layout.tp) * layout.tp} can" if name == "vocab_size" else ""
             yield f"model.{name}={size} cannot be split over parallelism.tp={layout.tp}{hint}"
+
+
+def tokens(layout: Mesh, shape: Shape) -> Iterator[str]:
     part = shape.seq // layout.cp
     if part % layout.token_shards:
         yield (

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class Mesh(Technique):
     """A step split over dp x tp x pp x cp ranks, by PyTorch's own engines; every layout is this with other degrees.
 
+    Inference takes tensor ranks alone, on plain tensors; only `tp` means something there.
+
     Papers: DDP, Li et al. 2020, arXiv:2006.15704; ZeRO, Rajbhandari et al. 2019, arXiv:1910.02054; FSDP, Zhao et al.
     2023, arXiv:2304.11277; tensor parallel, Shoeybi et al. 2019, arXiv:1909.08053, its sequence-parallel norms,
     Korthikanti et al. 2022, arXiv:2205.05198; pipelines, Narayanan et al. 2021, arXiv:2104.04473; zero bubble, Qi et
@@ -92,7 +94,13 @@ class Mesh(Technique):
         return _cost.footprint(self, shape)
 
     def apply(self, run: Run) -> None:
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return
+        if run.stage == "infer":
+            from dyno.techniques.parallelism import _serving
+
+            _serving.apply(self, run)
+        else:
             from dyno.techniques.parallelism import _layout
 
             _layout.apply(self, run)
