@@ -89,7 +89,8 @@ class Mesh(Technique):
         return _rules.reason(self, recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return _cost.footprint(self, shape)
+        cannot_be = next(_rules.knobs(self), None)  # and so has no cost
+        return Footprint() if cannot_be else _cost.footprint(self, shape)
 
     def apply(self, run: Run) -> None:
         if self.world_size > 1:
