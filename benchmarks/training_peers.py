@@ -27,11 +27,16 @@ from typing import Any
 import numpy as np
 
 OURS = ["compile=on", "attention=sdpa_cudnn"]
+MASTER = [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"]
+FP8 = ["precision=fp8", "precision.weights=bfloat16"]
 VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
     "dyno bf16 single_pass": [*OURS, "precision=bf16", "optimizer=adamw_single_pass"],
-    "dyno bf16_master": [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"],
-    "dyno fp8 eager": ["attention=sdpa_cudnn", "precision=fp8"],
+    "dyno bf16_master": MASTER,
+    "dyno bf16_master fused graphs": [*MASTER, "loss=fused", "loss.rows=16384", "compile.mode=reduce-overhead"],
+    "dyno bf16_master fused": [*MASTER, "loss=fused", "loss.rows=16384"],
+    "dyno fp8": [*OURS, *FP8, "optimizer=adamw_single_pass"],
+    "dyno fp8 fused": [*OURS, *FP8, "optimizer=adamw_single_pass", "loss=fused", "loss.rows=16384"],
     "transformers compile": {"compile": True},
     "transformers compile pure": {"compile": True, "pure": True},
     "transformers liger": {"liger": True},

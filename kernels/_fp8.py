@@ -96,30 +96,50 @@ def multiply(
     return out.to(dtype)
 
 
-class _Products(torch.autograd.Function):
-    """x (N, K), weights (M_i, K) -> (N, M), the products with all weights side by side."""
+@torch.library.custom_op("dyno::fp8_products", mutates_args=())
+def products(
+    x: Tensor, x_scale: Tensor, x_column_scale: Tensor,
+    weights: Sequence[Tensor], w_scale: Tensor, w_column_scale: Tensor, fast_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x (N, K), weights (M_i, K) -> (N, M), the products with all weights side by side; and both in columns of bytes.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, recipe: Recipe, *weights: Tensor) -> Tensor:
-        rowwise = recipe.rowwise
-        x_scale, x_column_scale = _both_scales([x], E4M3, rowwise)
-        w_scale, w_column_scale = _both_scales(weights, E4M3, rowwise)
-        x_rows, x_columns = operands([x], x_scale, x_column_scale, E4M3)
-        w_rows, w_columns = operands(list(weights), w_scale, w_column_scale, E4M3)
-        ctx.save_for_backward(x_columns, x_column_scale, w_columns, w_column_scale)  # bytes: half of what bf16 keeps
-        ctx.recipe, ctx.dtypes = recipe, (x.dtype, weights[0].dtype)
-        ctx.sizes = [weight.shape[0] for weight in weights]
-        return multiply(x_rows, x_scale, w_rows, w_scale, x.dtype, True)
+    An operator, not an autograd function in the step's graph: those with several weights lose their gradients when
+    torch 2.11 compiles them.
+    """
+    x_rows, x_columns = operands([x], x_scale, x_column_scale, E4M3)
+    w_rows, w_columns = operands(weights, w_scale, w_column_scale, E4M3)
+    return multiply(x_rows, x_scale, w_rows, w_scale, x.dtype, True), x_columns, w_columns
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_columns, x_scale, w_columns, w_scale = ctx.saved_tensors
-        fast, (x_dtype, w_dtype) = ctx.recipe.fast_backward, ctx.dtypes
-        scale, column_scale = _both_scales([grad], E5M2, ctx.recipe.rowwise)
-        rows, columns = operands([grad], scale, column_scale, E5M2)
-        dx = multiply(rows, scale, w_columns, w_scale, x_dtype, fast)
-        dw = multiply(columns, column_scale, x_columns, x_scale, w_dtype, fast)
-        return dx, None, *dw.split(ctx.sizes)
+
+@products.register_fake
+def _(
+    x: Tensor, x_scale: Tensor, x_column_scale: Tensor,
+    weights: Sequence[Tensor], w_scale: Tensor, w_column_scale: Tensor, fast_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    columns = [operands(parts, scale, scale, E4M3)[1] for parts, scale in (([x], x_scale), (weights, w_scale))]
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights)), *columns
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, x_scale, x_column_scale, weights, _, w_column_scale, ctx.fast = inputs
+    _, x_columns, w_columns = output
+    ctx.mark_non_differentiable(x_columns, w_columns)
+    ctx.save_for_backward(x_columns, x_column_scale, w_columns, w_column_scale)  # bytes: half of what bf16 keeps
+    ctx.rowwise, ctx.dtypes = x_scale.dim() > 0, (x.dtype, weights[0].dtype)
+    ctx.sizes = [weight.shape[0] for weight in weights]
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x_columns, x_scale, w_columns, w_scale = ctx.saved_tensors
+    x_dtype, w_dtype = ctx.dtypes
+    scale, column_scale = _both_scales([grad], E5M2, ctx.rowwise)
+    rows, columns = operands([grad], scale, column_scale, E5M2)
+    dx = multiply(rows, scale, w_columns, w_scale, x_dtype, ctx.fast)
+    dw = multiply(columns, column_scale, x_columns, x_scale, w_dtype, ctx.fast)
+    return dx, None, None, list(dw.split(ctx.sizes)), None, None, None
+
+
+products.register_autograd(_gradients, setup_context=_keep)
 
 
 def _both_scales(parts: Sequence[Tensor], dtype: torch.dtype, rowwise: bool) -> tuple[Tensor, Tensor]:
@@ -142,7 +162,10 @@ def linear(x: Tensor, weights: Sequence[Tensor], recipe: Recipe) -> tuple[Tensor
     if any(hasattr(weight, "placements") for weight in weights):
         raise Unsupported("fp8 products take whole weights; these are split over ranks (tensor parallel)")
     with torch.autocast(x.device.type, enabled=False):
-        y = _Products.apply(x.flatten(0, -2), recipe, *weights)
+        flat = x.flatten(0, -2)
+        x_scales = _both_scales([flat.detach()], E4M3, recipe.rowwise)  # a scale has no gradient
+        w_scales = _both_scales([weight.detach() for weight in weights], E4M3, recipe.rowwise)
+        y, _, _ = products(flat, *x_scales, weights, *w_scales, recipe.fast_backward)
     return y.unflatten(0, x.shape[:-1]).split([weight.shape[0] for weight in weights], dim=-1)
 
 

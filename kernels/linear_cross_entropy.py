@@ -75,11 +75,15 @@ class _Chunked(torch.autograd.Function):
 
 @torch.library.custom_op("dyno::linear_cross_entropy", mutates_args=())
 def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, and its gradients: of hidden in its type, of weight in fp32."""
+    """The sum of the losses, and its gradients: of hidden in its type, of weight in `sums_dtype`."""
     from dyno.kernels._cross_entropy import losses_and_slopes
 
     narrow = weight.to(hidden.dtype)
     total = torch.zeros((), device=hidden.device)
+    if sums_dtype(hidden, weight, rows) == torch.bfloat16:  # nothing to add up
+        slopes = F.linear(hidden, narrow)
+        total += losses_and_slopes(slopes, targets).sum()
+        return total, slopes @ narrow, slopes.t() @ hidden
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     for h, t, d in zip(hidden.split(rows), targets.split(rows), d_hidden.split(rows), strict=True):
         slopes = F.linear(h, narrow)
@@ -95,7 +99,13 @@ def _fused(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[
 @_fused.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     total = hidden.new_empty((), dtype=torch.float32)
-    return total, torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+    return total, torch.empty_like(hidden), torch.empty_like(weight, dtype=sums_dtype(hidden, weight, rows))
+
+
+def sums_dtype(hidden: Tensor, weight: Tensor, rows: int) -> torch.dtype:
+    """What the unscaled gradient of the weight waits in: fp32, but for one chunk in bf16, which has fp32's range."""
+    one = hidden.shape[0] <= rows and weight.dtype == hidden.dtype == torch.bfloat16
+    return torch.bfloat16 if one else torch.float32
 
 
 class _Fused(torch.autograd.Function):

@@ -7,10 +7,13 @@ import pytest
 import tiny
 import torch
 from test_training_techniques import device, loss_and_gradients, prepared
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyno.kernels import _fp8
 from dyno.kernels._fp8 import E4M3, E5M2, Recipe
 from dyno.model.decoder import Decoder
+from dyno.techniques.checkpointing.blocks import Uniform
+from dyno.techniques.checkpointing.selective import Selective
 from dyno.techniques.precision.fp8 import FP8, projection
 
 SHAPES = [(1, 16), (5, 48), (16, 32), (123, 128)]
@@ -163,6 +166,23 @@ def test_inputs_are_kept_in_a_byte():
     assert sum(kept) == 64 * 32 + 16 * 32 + 2 * 4  # input, weight, two scales
 
 
+@pytest.mark.parametrize(("technique", "products"), [(Uniform(), 8), (Selective(), 4)], ids=["uniform", "selective"])
+def test_what_selective_checkpointing_keeps_holds_its_products(technique, products, tmp_path):
+    run = applied(tmp_path, FP8(), layers=1)
+    technique.apply(run)
+    run.model.call_block = run.part("call_block")
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            seen.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    with Watch():
+        loss_and_gradients(run)
+    assert seen.count("dyno.fp8_products.default") == products
+
+
 def test_it_says_where_it_does_not_run(tmp_path):
     train = tiny.pipeline(tmp_path).recipe
     assert "CPU" in FP8().unsupported(train, device("cpu"))
@@ -217,7 +237,6 @@ def test_a_layer_on_gpu(rowwise):
 
 @pytest.mark.gpu
 def test_compiled_gradients_are_the_eager_ones_on_gpu():
-    """Fails with torch 2.11, which is why the technique refuses compilation; once it passes, lift the refusal."""
     grads = []
     for compiled in (False, True):
         with torch.device("cuda"):

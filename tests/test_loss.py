@@ -118,12 +118,13 @@ def plain_slopes(logits, targets):
     return losses
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [7, 2048])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_fused_order_of_work(shape, rows, monkeypatch):
+def test_the_fused_order_of_work(shape, rows, dtype, monkeypatch):
     """With the kernel's part in plain PyTorch: chunks, both products, and the scale that comes last."""
     monkeypatch.setattr("dyno.kernels._cross_entropy.losses_and_slopes", plain_slopes)
-    agree(lambda h, w, t: op.fused_loss(h, w, t, rows), shape)
+    agree(lambda h, w, t: op.fused_loss(h, w, t, rows), shape, dtype, weights=dtype)
 
 
 def test_a_split_head_is_refused():

@@ -65,6 +65,23 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return (1 - smooth) * inverse / factor + smooth * inverse
 
 
+@torch.library.custom_op("dyno::rotary_table", mutates_args=())
+def rotary_table(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., D) of positions (...) at inverse frequencies (D/2,).
+
+    An operator: a compiler would compute them anew for every query and key of every layer, forward and backward.
+    """
+    angles = positions.unsqueeze(-1) * inverse.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@rotary_table.register_fake
+def _(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = (*positions.shape, 2 * inverse.shape[0])
+    return inverse.new_empty(size, dtype=dtype), inverse.new_empty(size, dtype=dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, H, S, D), pairs (i, i + D/2) (Su et al. 2021, arXiv:2104.09864)."""
     a, b = x.chunk(2, dim=-1)
@@ -198,9 +215,7 @@ class Decoder(nn.Module):
         positions = self.positions(start, count, like.device)
         if starts is not None:
             positions = (positions - starts).unsqueeze(1)
-        angles = positions.unsqueeze(-1) * self.inverse_frequency.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        return rotary_table(positions, self.inverse_frequency, like.dtype)
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None) -> Tensor:
         """tokens (B, S) -> final normed states (B, S, E); attention stays in documents where their starts are given."""

@@ -13,11 +13,11 @@ from dyno.techniques.checkpointing.blocks import Recomputing
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
-DEAR = (
-    "mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_efficient_attention",
-)  # fmt: skip
+DEAR = {
+    "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "dyno.fp8_products",
+    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_efficient_attention",
+}  # fmt: skip
 
 
 HOST = (
@@ -41,16 +41,14 @@ class Selective(Recomputing):
         return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share), host_factor=HOST)
 
     def apply(self, run: Run) -> None:
-        import torch
         from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
         model = run.model
         assert model is not None
-        dear = {getattr(torch.ops.aten, name) for name in DEAR}
 
         def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            packet = getattr(operation, "overloadpacket", None)
-            return CheckpointPolicy.MUST_SAVE if packet in dear else CheckpointPolicy.PREFER_RECOMPUTE
+            dear = str(getattr(operation, "overloadpacket", None)) in DEAR
+            return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = partial(create_selective_checkpoint_contexts, policy)
 

@@ -23,7 +23,6 @@ class FP8(Technique):
     row or column: finer, slower). `weights` float32 is bf16 autocast over fp32 weights, bfloat16 holds weights and
     gradients in bf16 with fp32 masters in the optimizer. `fast_backward` sums gradients in fewer bits, as the forward
     pass always does. Embedding, head and norms stay wide. Layers of one input are one product.
-    Eager only: compiled by Inductor the step's gradients are wrong on a GPU, for a reason not yet found.
     """
 
     scaling: str = "tensorwise"
@@ -35,11 +34,6 @@ class FP8(Technique):
             return f"precision.scaling is {self.scaling}; it takes tensorwise or rowwise"
         if self.weights not in ("float32", "bfloat16"):
             return f"precision.weights is {self.weights}; it takes float32 or bfloat16"
-        if recipe.option("compile") != "off":
-            return (
-                "fp8 compiled trains wrongly (1b on an H100, torch 2.11: loss 3.13 after 200 steps where bf16 has 1.88; "
-                "eager fp8 is right); take compile=off until that is understood"
-            )
         if recipe.config["workload"]["measures"] == "infer":
             return "precision=fp8 casts anew at every step, which is for training; serve with precision=bf16"
         if device.kind != "cuda":
