@@ -201,6 +201,9 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    from dyno import resolvers
+
+    resolvers.register()
     search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
     extra = [f"hydra.searchpath=[{search}]"] if plugins else []
     GlobalHydra.instance().clear()
@@ -313,6 +316,7 @@ def _check_group(override: Any, known: dict[str, list[str]]) -> None:
 def _explain(error: Exception, overrides: list[str], plugins: list[str]) -> str:
     """Hydra's several-line error as one line with the close matches of a misspelt knob."""
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    first = first.removeprefix("UserError raised while resolving interpolation: ")  # what a resolver found
     match = re.search(r"Could not (?:override|append to config\.[^']*) ?'([\w.]+)'", first)
     if not match or "." not in match.group(1):
         return first

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ class Footprint:
     device; `batch_factor` the share of the step's tokens that are alive at once, in each of `micro_batches` passes;
     `layer_factor` the share of the layers (pipeline), `width_factor` of the heads and channels (tensor parallel);
     `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits,
-    `host_factor` the host's time in an eager step.
+    `head_factor` whether this rank has the head (pipeline), `in_flight` the micro-batches whose activations it keeps at once,
+    `host_factor` the host's time in an eager step. `logits_rows`: tokens whose logits are in memory, where not all.
 
     Amounts. `master_bytes` a parameter of a wider copy; `boundaries`: block inputs kept instead of the blocks' insides;
     `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
@@ -80,6 +82,7 @@ class Footprint:
     wide_dtype: str | None = None
     matmul_gain: float | None = None
     attention_rate: float | None = None
+    logits_rows: float | None = None
     linear_factor: float = 1.0
     parameter_factor: float = 1.0
     gradient_factor: float = 1.0
@@ -89,6 +92,8 @@ class Footprint:
     width_factor: float = 1.0
     activation_factor: float = 1.0
     logits_factor: float = 1.0
+    head_factor: float = 1.0
+    in_flight: float = 1.0
     flops_factor: float = 1.0
     host_factor: float = 1.0
     kv_cache_factor: float = 1.0
@@ -133,6 +138,11 @@ def combined(prints: Iterable[Footprint]) -> Footprint:
     return Footprint(**values)
 
 
+def of_ranks(techniques: Sequence[Technique], shape: Shape, device: Device) -> list[Footprint]:
+    """All techniques' shares as one, for each rank that differs from the others."""
+    return [combined(one) for one in itertools.product(*(t.footprints(shape, device) for t in techniques))]
+
+
 @dataclass
 class Technique:
     """One option of an axis: a dataclass of knobs with at most three methods."""
@@ -144,6 +154,10 @@ class Technique:
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """What it changes of the predicted bytes and FLOPs."""
         return Footprint()
+
+    def footprints(self, shape: Shape, device: Device) -> list[Footprint]:
+        """Those of the ranks that differ, of which `footprint` is one: the plan takes the fullest and the slowest."""
+        return [self.footprint(shape, device)]
 
     def apply(self, run: Run) -> None:
         """Edit the run: its documents, model, or parts."""

@@ -68,3 +68,19 @@ def run_program(file: str, directory: Path, limit_s: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     assert code == 0, log.read_text()[-6000:]
+
+
+def ranks_of(directory: Path) -> dict[str, int]:
+    """RANK -> process id of a run's workers, which were started and not forked."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = dict(
+                line.split(b"=", 1) for line in (entry / "environ").read_bytes().split(b"\0") if b"=" in line
+            )
+        except OSError:
+            continue  # ended meanwhile
+        if str(directory).encode() in words and b"RANK" in environment:
+            found[environment[b"RANK"].decode()] = int(entry.name)
+    return found

@@ -1,7 +1,5 @@
 """The head and the loss in one: the same loss and gradients as all logits at once, in the memory of a chunk."""
 
-import math
-
 import pytest
 import tiny
 import torch
@@ -136,7 +134,8 @@ def test_a_split_head_is_refused():
 
 
 def test_the_technique_says_where_it_does_not_run_and_what_it_saves(tmp_path):
-    from dyno.technique import Shape
+    from dyno.plan import memory
+    from dyno.technique import Footprint, Shape, combined
 
     recipe = tiny.pipeline(tmp_path).recipe
     assert "1 or more" in Chunked(0).unsupported(recipe, device("cpu"))
@@ -144,9 +143,16 @@ def test_the_technique_says_where_it_does_not_run_and_what_it_saves(tmp_path):
     assert "Triton" in Fused().unsupported(recipe, device("cpu"))
     assert Fused().unsupported(recipe, device("cuda", (9, 0))) is None
     shape = Shape(10**6, 10**6, 10, 64, 192, 4, 2, 16, 257, 8, 2048)
-    assert Chunked(2048).footprint(shape, None).logits_factor == 0.125
-    assert Fused(2048).footprint(shape, None).logits_factor < 0.05
-    assert math.isfinite(Chunked(0).footprint(shape, None).logits_factor)
+
+    def logits(*shares: Footprint) -> float:
+        return memory.training(shape, combined(shares), "cuda")["loss"]["logits"]
+
+    whole, chunked = logits(), logits(Chunked(2048).footprint(shape, None))
+    assert chunked == whole / 8 and logits(Fused(2048).footprint(shape, None)) == chunked / 3
+    # As many rows on every rank, however few of the tokens it has.
+    assert logits(Chunked(2048).footprint(shape, None), Footprint(batch_factor=0.5)) == chunked
+    assert logits(Chunked(2048).footprint(shape, None), Footprint(batch_factor=1 / 16)) == chunked / 2
+    assert logits(Chunked(0).footprint(shape, None)) == 0
 
 
 def test_losses_are_told_and_checked_as_ever(tmp_path):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from ranks import ranks_of
 
 from dyno import runner
 from dyno.kernels.attention import reference, tolerance
+from dyno.measure.nvml import devices
 from dyno.recipe import compose
+from dyno.study.settings import merge
 
 pytestmark = pytest.mark.gpu
 pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
@@ -36,13 +45,20 @@ def test_a_part_and_its_gradients_are_attention(dtype, queries, keys, causal):
         torch.testing.assert_close(mine, leaf.grad, **loose)
 
 
+SMALL = ["model=micro", "model.vocab_size=258", "corpus=stories", "corpus.size_bytes=200000", "measure=quick",
+         "workload.batch=16", "workload.seq=128", "workload.steps=20"]  # fmt: skip
+
+
+@pytest.fixture
+def composed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNO_HOME", str(tmp_path / "home"))
+    return lambda *overrides: compose(merge([*SMALL, f"results_dir={tmp_path / 'results'}", *overrides]))
+
+
 @pair
 @pytest.mark.parametrize("layout", ["ddp", "zero1", "zero2", "zero3", "tensor", "pipeline", "context"])
-def test_two_gpus_train_like_one(layout, tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNO_HOME", str(tmp_path / "home"))
-    small = ["model=micro", "model.vocab_size=258", "corpus=stories", "corpus.size_bytes=200000", "measure=quick",
-             "workload.batch=16", "workload.seq=128", "workload.steps=20", f"results_dir={tmp_path / 'results'}"]  # fmt: skip
-    one, two = (runner.run(compose([*small, f"parallelism={option}"])) for option in ("none", layout))
+def test_two_gpus_train_like_one(layout, composed):
+    one, two = (runner.run(composed(f"parallelism={option}")) for option in ("none", layout))
     assert two["status"] == "ok", two["reason"]
     for name in ("train_loss", "validation_loss"):
         assert two["metrics"][name]["value"] == pytest.approx(one["metrics"][name]["value"], abs=0.02)
@@ -67,6 +83,47 @@ def test_two_gpus_decode_like_one(overrides, tmp_path, monkeypatch):
     assert metrics["kl_divergence"]["value"] < 1e-3 and metrics["decode_tokens_per_s"]["value"] > 0
     if "kv_cache=none" not in overrides:
         assert metrics["wire_bytes"]["value"] == pytest.approx(two["plan"]["wire_bytes_per_step"])
-    assert metrics["cost_usd"]["value"] is None or "2 devices" in metrics["cost_usd"]["source"]
+    assert metrics["cost_usd"]["value"] is None or "2 GPUs" in metrics["cost_usd"]["source"]
     ranks = [out["ranks"] for out in (one, two)]
     assert ranks[0] == [] and len({rank["device"] for rank in ranks[1]}) == 2
+
+
+@pair
+def test_a_row_of_two_gpus_says_what_messages_cost_and_links_give(composed):
+    out = runner.run(composed("parallelism=ddp", "model=160m", "workload.seq=512", "workload.steps=0"))
+    assert out["status"] == "ok", out["reason"]
+    share, bus = out["metrics"]["communication_share"], out["metrics"]["bus_byte_per_s"]
+    assert 0 <= share["low"] <= share["value"] <= share["high"] < 1
+    assert 1e9 < bus["value"] < 1e12
+    for rank in out["details"]["train"]["communication"]:
+        assert 0 < rank["messages_s"] < rank["seconds"] and rank["exposed_s"] <= rank["messages_s"]
+    assert len(out["details"]["train"]["first_losses"]) > 3
+
+
+@pair
+def test_a_rank_killed_on_its_gpu_ends_the_run_and_frees_both(composed, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_earlier_runs", itertools.repeat(0))  # started, so that ranks_of finds them
+    runs, gpus = tmp_path / "results" / "runs", devices()[:2]
+    before = [gpu.memory_used_bytes() for gpu in gpus]
+    killed: list[Path] = []
+    held: list[int] = []
+
+    def kill_the_second(line: str) -> None:
+        if line.startswith("train: step") and not killed:
+            killed.extend(runs.glob(".running-*"))
+            held.extend(gpu.memory_used_bytes() for gpu in gpus)
+            os.kill(ranks_of(killed[0])["1"], signal.SIGKILL)
+
+    begun = time.monotonic()
+    out = runner.run(composed("parallelism=ddp", "workload.steps=100000"), progress=kill_the_second)
+    assert out["status"] == "crashed" and "rank 1 of 2 was ended by SIGKILL" in out["reason"]
+    assert time.monotonic() - begun < 60
+    assert not ranks_of(killed[0]) and not list(runs.glob(".running-*"))
+    assert all(now > empty + 2e8 for now, empty in zip(held, before, strict=True))
+    deadline = time.monotonic() + 5  # the driver takes a moment
+    while time.monotonic() < deadline and any(
+        gpu.memory_used_bytes() > empty + 1e8 for gpu, empty in zip(gpus, before, strict=True)
+    ):
+        time.sleep(0.1)
+    assert all(gpu.memory_used_bytes() <= empty + 1e8 for gpu, empty in zip(gpus, before, strict=True))
+    assert runner.run(composed("parallelism=ddp"))["status"] == "ok"  # the next run finds both GPUs free

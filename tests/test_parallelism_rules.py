@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tiny
 
+from dyno.measure.environment import planned
+from dyno.measure.hardware import options
 from dyno.plan import predict, shape_of
 from dyno.technique import Shape
 from dyno.techniques.parallelism import _cost, _stages
@@ -206,6 +209,22 @@ def test_what_is_kept_falls_with_every_level_and_degree(tmp_path):
     assert levels == sorted(levels, reverse=True) and levels[3] < 0.5 * levels[0]
     for degree in ("tensor", "context", "pipeline"):
         assert peak(f"parallelism={degree}") < peak("parallelism=none")
+
+
+def test_a_pipelines_plan_is_that_of_its_fullest_and_its_slowest_rank(tmp_path):
+    """Schedules of one bubble take one time; what is in flight tells their memory; a pipeline shares the work out."""
+
+    def plan(*words):
+        large = ["model=160m", "workload.batch=32", "workload.seq=1024", "precision=bf16", "hardware=h100", *words]
+        card = planned(options()["h100"])
+        return predict(tiny.pipeline(tmp_path, *large).recipe, replace(card, count=4))
+
+    one = plan("parallelism=none")
+    piped = {s: plan("parallelism=pipeline", f"parallelism.schedule={s}") for s in ("gpipe", "1f1b", "interleaved")}
+    peaks = [piped[s].peak_memory_bytes for s in ("gpipe", "interleaved", "1f1b")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > 2 * peaks[2]
+    assert piped["gpipe"].step_s == pytest.approx(piped["1f1b"].step_s)
+    assert 1.0 < piped["1f1b"].step_s * 2 * (1 - piped["1f1b"].bubble) / one.step_s < 1.3
 
 
 def test_the_plan_says_bytes_and_bubble(tmp_path):

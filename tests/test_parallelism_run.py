@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from ranks import ranks_of
 
 from dyno import runner
 from dyno.recipe import Recipe, compose
@@ -50,22 +51,6 @@ def test_tensor_ranks_are_one_record(composed):
     assert out["status"] == "ok", out["reason"]
     metrics = out["metrics"]
     assert metrics["activation_bytes"]["value"] > 0 and metrics["recomputed_flops"]["value"] == 0
-
-
-def ranks_of(directory: Path) -> dict[str, int]:
-    """RANK -> process id of a run's workers, which were started and not forked."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            environment = dict(
-                line.split(b"=", 1) for line in (entry / "environ").read_bytes().split(b"\0") if b"=" in line
-            )
-        except OSError:
-            continue  # ended meanwhile
-        if str(directory).encode() in words and b"RANK" in environment:
-            found[environment[b"RANK"].decode()] = int(entry.name)
-    return found
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(composed, tmp_path, monkeypatch):

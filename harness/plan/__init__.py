@@ -16,7 +16,7 @@ from dyno.plan.corrections import corrected_memory, corrected_time, load
 from dyno.plan.machine import Machine, machine_of
 from dyno.plan.serving import ServingTime, serving_time, wire_bytes
 from dyno.recipe import Recipe, compose
-from dyno.technique import Shape, combined
+from dyno.technique import Shape, combined, of_ranks
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -167,7 +167,8 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         return plan
     shape = plan.shape = with_kept_bytes(recipe, shape, device)
     techniques = [t for chosen in recipe.techniques.values() for t in chosen]
-    share = combined(t.footprint(shape, device) for t in techniques)
+    prints = of_ranks(techniques, shape, device)
+    share = max(prints, key=time.wire_bytes)
     if not plan.reasons:
         plan.decisions = [line for t in techniques if (line := t.decides(shape, device))]
     plan.machine, plan.ranks = machine_of(device, recipe.config["hardware"]), share.ranks
@@ -191,9 +192,9 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     found = load(device.name)
     kind = "compiled" if share.fused else "eager"
     fits = {what: getattr(found, what).get(kind) if found else None for what in ("memory", "time")}
-    plan.terms = corrected_memory(memory.training(shape, share, device.kind), fits["memory"])
+    plan.terms = corrected_memory(memory.fullest(shape, prints, device.kind), fits["memory"])
     if plan.machine:
-        terms = time.step_terms(shape, share, plan.machine, device.kind)
+        terms = time.slowest(shape, prints, plan.machine, device.kind)
         plan.time_terms = corrected_time(terms, fits["time"])
     plan.calibrated = any(fits.values())
     plan.memory_band, plan.time_band = (
@@ -211,7 +212,7 @@ def with_kept_bytes(recipe: Recipe, shape: Shape, device: Device) -> Shape:
     share = combined(t.footprint(shape, device) for t in techniques if not t.needs_kept_bytes)
     block = memory.block_of(shape, share)
     tokens = shape.batch * shape.seq * share.batch_factor * share.width_factor
-    layers = shape.layers * share.layer_factor * share.activation_factor
+    layers = shape.layers * share.layer_factor * share.activation_factor * share.in_flight
     return replace(shape, kept_bytes=layers * (block.kept + block.scores) * tokens)
 
 

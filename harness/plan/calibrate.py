@@ -32,7 +32,7 @@ from dyno.plan.fit import coefficients
 from dyno.plan.machine import Machine, from_ceilings
 from dyno.recipe import Recipe
 from dyno.record import decode, find
-from dyno.technique import combined
+from dyno.technique import of_ranks
 
 FOLDS = 3
 DRAWS = (0.05, 0.2, 0.8)  # how strongly coefficients are drawn to 1, see `fit.coefficients`
@@ -72,14 +72,15 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
     ceilings = record["environment"].get("ceilings") or {}
     kind = "cuda" if record["environment"].get("gpus") and ceilings.get("uuid") else "cpu"
     device = Device(kind, 0, str(record["fingerprint"]["device"]), 0, None, None, 1)
-    share = combined(t.footprint(shape, device) for chosen in recipe.techniques.values() for t in chosen)
+    prints = of_ranks([t for chosen in recipe.techniques.values() for t in chosen], shape, device)
+    share = prints[0]
     machine: Machine | None = None
     with contextlib.suppress(KeyError):
         machine = from_ceilings(ceilings, config["hardware"])
     return Sample(
         str(record["id"]), device.name, share.fused,
-        memory.training(shape, share, kind),
-        time.step_terms(shape, share, machine, kind) if machine else None, share.bubble,
+        memory.fullest(shape, prints, kind),
+        time.slowest(shape, prints, machine, kind) if machine else None, share.bubble,
         value(metrics, "peak_memory_bytes"), value(metrics, "step_time_s"), record["choices"],
     )  # fmt: skip
 

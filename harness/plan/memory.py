@@ -8,6 +8,7 @@ counts below were read off their traces under fake tensors (`benchmarks/plan_aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dyno.technique import Footprint, Shape
@@ -93,7 +94,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     split = print_.layer_factor * print_.width_factor
     tokens = shape.batch * shape.seq * print_.batch_factor
     held = shape.parameters * split  # parameters that this rank is responsible for, sharded or not
-    head = shape.vocab * shape.hidden * print_.width_factor
+    head = shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
     state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
@@ -113,18 +114,20 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     checkpointed = print_.recompute_blocks > 0
     kept = layers * print_.activation_factor * inside
     kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
+    kept *= print_.in_flight
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
     ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
     width = FP32 if keeps_scores(shape, print_) else w
     mask = {"mask": width * tokens * shape.seq} if masked(print_) else {}
-    one = (shape.linear_parameters * split - head) / max(1.0, layers)  # parameters of a block
+    one = (shape.linear_parameters - shape.vocab * shape.hidden) * print_.width_factor / shape.layers  # of a block
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
     recomputed = print_.recompute_blocks * inside
     cast_kept = 0.0 if not cast else w * segment * one if checkpointed else cast - w * head
 
-    logits = tokens * shape.vocab * print_.width_factor * print_.logits_factor
+    rows = tokens if print_.logits_rows is None else min(tokens, print_.logits_rows)
+    logits = rows * shape.vocab * print_.width_factor * print_.logits_factor * print_.head_factor
     # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
     logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
@@ -180,6 +183,14 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "backward end": max(first, last, key=total),
         "optimizer step": {**base, "gradients": gradients, "temporaries": 2 * largest},
     }
+
+
+def fullest(shape: Shape, prints: Sequence[Footprint], kind: str) -> Phases:
+    """`training` of the rank whose peak is the highest."""
+    return max(
+        (training(shape, one, kind) for one in prints),
+        key=lambda phases: max(total(terms) for terms in phases.values()),
+    )
 
 
 def total(terms: dict[str, float]) -> float:

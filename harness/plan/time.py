@@ -7,6 +7,8 @@ are those of `dyno.plan.memory`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, activation_width, keeps_scores, masked
 from dyno.technique import Footprint, Shape
@@ -62,7 +64,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
     vocab = shape.vocab * tensor
     ends = ((tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens))
-    head = sum(product(m, n, k, flop_per_s) for m, n, k in ends)
+    head = sum(product(m, n, k, flop_per_s) for m, n, k in ends) * print_.head_factor
 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
     unfused = keeps_scores(shape, print_)
@@ -89,7 +91,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
     elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
-    loss = micro * tokens * vocab * logit / machine.memory
+    loss = micro * tokens * vocab * logit / machine.memory * print_.head_factor
 
     split = print_.layer_factor * tensor
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
@@ -117,6 +119,11 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": wire_bytes(print_) / LINK_BYTES_PER_S, "offload": link / machine.host_bytes_per_s,
     }  # fmt: skip
+
+
+def slowest(shape: Shape, prints: Sequence[Footprint], machine: Machine, kind: str) -> dict[str, float]:
+    """`step_terms` of the rank that all others wait for."""
+    return max((step_terms(shape, one, machine, kind) for one in prints), key=step_s)
 
 
 def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:

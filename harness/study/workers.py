@@ -25,7 +25,7 @@ PATIENCE_S = 20.0  # for a worker to queue its trial again after Ctrl-C
 def count(settings: Settings, asked: int | None) -> int:
     """How many workers a study gets: one a device, and one where a single run may take several devices."""
     device = settings.device
-    wide = "parallelism" in {p.key for p in settings.space.parameters} or any(
+    wide = any(p.key.split(".")[0] == "parallelism" for p in settings.space.parameters) or any(
         t.world_size > 1 for chosen in settings.space.base.techniques.values() for t in chosen
     )
     if device.kind != "cuda" or wide:

@@ -28,11 +28,7 @@ class Chunked(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         head = 2.0 * shape.vocab * shape.hidden
-        return Footprint(logits_factor=self.share(shape), flops_factor=1 + head / (6.0 * shape.linear_parameters))
-
-    def share(self, shape: Shape) -> float:
-        """Rows of logits in memory over the tokens of a step."""
-        return min(1.0, max(0, self.rows) / (shape.batch * shape.seq))
+        return Footprint(logits_rows=max(0.0, self.rows), flops_factor=1 + head / (6.0 * shape.linear_parameters))
 
     def apply(self, run: Run) -> None:
         from dyno.kernels.linear_cross_entropy import chunked_loss
@@ -64,7 +60,9 @@ class Fused(Chunked):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """No fp32 copies of the logits: a third of their bytes at most. The head's gradient waits in fp32."""
-        return Footprint(logits_factor=self.share(shape) / 3, extra_bytes=4.0 * shape.vocab * shape.hidden)
+        return Footprint(
+            logits_rows=max(0.0, self.rows), logits_factor=1 / 3, extra_bytes=4.0 * shape.vocab * shape.hidden
+        )
 
     def apply(self, run: Run) -> None:
         from dyno.kernels.linear_cross_entropy import fused_loss

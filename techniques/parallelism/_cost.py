@@ -107,44 +107,47 @@ def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
     return total
 
 
-def footprint(layout: Mesh, shape: Shape) -> Footprint:
-    """The share of the rank that holds and sends the most."""
-    parts = [part_of(layout, shape, rank) for rank in range(layout.pp)]
-    heaviest = max(parts, key=lambda part: part.weights)
-    whole = heaviest.weights / layout.tp
-    alive = _stages.in_flight(layout) / layout.micro_batches if layout.pp > 1 else 1.0
-    logits_at_once = 1 / _stages.in_flight(layout) if layout.pp > 1 and layout.schedule != "gpipe" else 1.0
+def sent(said: Footprint) -> float:
+    """Bytes of a step, everything being in fp32."""
+    return 4 * said.wire_weights + 4 * said.wire_activations + said.wire_bytes
+
+
+def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
+    """The share of a rank of the pipeline. Its layers are fewer than its share of the weights where it has an end."""
+    part = part_of(layout, shape, pp_rank)
+    whole, micro = part.weights / layout.tp, layout.micro_batches if layout.pp > 1 else 1
+    layers = part.layers / shape.layers
+    weights = part.weights / shape.parameters / layers
+    held = _stages.in_flight(layout, pp_rank) if layout.pp > 1 else 1.0
     extra, gradients = 0.0, 1.0
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
         extra, gradients = 4.0 * whole, 0.0
     elif layout.zero >= 2:  # and one block's before they are scattered
-        gradients = 1 / layout.shards + heaviest.block / heaviest.weights
+        gradients = 1 / layout.shards + part.block / part.weights
     if layout.zero == 3:  # what the root holds, and two blocks in flight
-        extra += 4.0 * (heaviest.embedding + heaviest.head + 2 * heaviest.block) / layout.tp
+        extra += 4.0 * (part.embedding + part.head + 2 * part.block) / layout.tp
     # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices.
     outside = 6 * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
     unsplit = 1.0 if layout.token_shards > 1 or layout.tp == 1 else 1 + (layout.tp - 1) * outside
     gathered = 1 / layout.shards
     if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
         gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
-    sent = [
-        (weight_numbers(layout, shape, p), activation_numbers(layout, shape, p), wide_bytes(layout, shape, p))
-        for p in parts
-    ]
-    weights, activations, wide = max(sent, key=lambda numbers: 4 * numbers[0] + 4 * numbers[1] + numbers[2])
     return Footprint(
-        parameter_factor=gathered,
-        gradient_factor=gradients,
-        optimizer_factor=1 / layout.shards,
-        batch_factor=alive / (layout.dp * layout.cp),
-        layer_factor=heaviest.weights / shape.parameters,
+        parameter_factor=gathered * weights,
+        gradient_factor=gradients * weights,
+        optimizer_factor=weights / layout.shards,
+        batch_factor=1 / (micro * layout.dp * layout.cp),
+        micro_batches=micro,
+        layer_factor=layers,
         width_factor=1 / layout.tp,
         activation_factor=unsplit,
-        logits_factor=logits_at_once / layout.vocabulary_shards,
+        logits_factor=(held if layout.schedule == "gpipe" else 1.0) / layout.vocabulary_shards,
+        head_factor=float(part.has_head),
+        in_flight=held,
         extra_bytes=extra,
-        wire_weights=weights,
-        wire_activations=activations,
-        wire_bytes=wide,
+        wire_weights=weight_numbers(layout, shape, part),
+        wire_activations=activation_numbers(layout, shape, part),
+        wire_bytes=wide_bytes(layout, shape, part),
         bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
         ranks=layout.world_size,
     )

@@ -41,6 +41,9 @@ def reason(layout: Mesh, recipe: Recipe, device: Device) -> str | None:
 
 def knobs(layout: Mesh) -> Iterator[str]:
     """Values that no model and no machine can make right."""
+    if layout.dp == 0:
+        degrees = f"{layout.tp} x {layout.pp} x {layout.cp}"
+        yield f"parallelism.dp=0: it takes 1 or more; the {degrees} ranks of tp, pp and cp may not divide the GPUs here"
     for name in ("dp", "tp", "pp", "cp", "ep", "replicate", "micro_batches", "virtual_stages"):
         if getattr(layout, name) < 1:
             yield f"parallelism.{name}={getattr(layout, name)}: it takes 1 or more"
@@ -52,6 +55,8 @@ def knobs(layout: Mesh) -> Iterator[str]:
         yield f"parallelism.schedule={layout.schedule}: it takes {', '.join(_stages.SCHEDULES)}"
     if layout.context not in CONTEXTS:
         yield f"parallelism.context={layout.context}: it takes {', '.join(CONTEXTS)}"
+    if layout.zero > 1 and layout.dp * layout.cp == 1:
+        yield f"parallelism.zero={layout.zero}: there is one data rank, which shares nothing; use zero=0 or 1, or a larger dp"
     if layout.replicate > 1 and layout.zero == 0:
         yield f"parallelism.replicate={layout.replicate} copies of what is sharded: set parallelism.zero to 1, 2 or 3"
     if layout.dp % layout.replicate:

@@ -91,7 +91,11 @@ class Mesh(Technique):
         return _rules.reason(self, recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return _cost.footprint(self, shape)
+        return max(self.footprints(shape, device), key=_cost.sent)
+
+    def footprints(self, shape: Shape, device: Device) -> list[Footprint]:
+        cannot_be = next(_rules.knobs(self), None)  # and so has no cost
+        return [Footprint()] if cannot_be else [_cost.footprint(self, shape, rank) for rank in range(self.pp)]
 
     def apply(self, run: Run) -> None:
         if self.world_size == 1:
