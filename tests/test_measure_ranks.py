@@ -47,6 +47,7 @@ def test_gpus_energy_is_added_up_and_the_fullest_rank_tells_the_memory():
     assert out["energy_j"].value == 250 and "sum of 2 GPUs" in out["energy_j"].source
     peak = out["peak_memory_bytes"]
     assert (peak.value, peak.low, peak.high) == (7, 5, 7) and out["tokens_per_s"].value == 9
+    assert out["ranks"].value == 2
     assert together(metrics, every, "cpu")["energy_j"].value == 100  # the machine's, which both ranks read
 
 

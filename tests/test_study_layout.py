@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dyno.claims.claim import load
 from dyno.errors import UserError
 from dyno.measure import environment
 from dyno.plan import predict, reasons
@@ -76,3 +77,17 @@ def test_sharding_over_one_data_rank_is_refused():
     words = ["parallelism=mesh", "parallelism.dp=1", "parallelism.tp=2", "model.vocab_size=258"]
     assert "one data rank" in reasons(compose([*words, "parallelism.zero=3"]), device)[0]
     assert not reasons(compose([*words, "parallelism.zero=1"]), device)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_claims_on_data_parallel_ranks_take_all_gpus(machine, gpus):
+    machine(gpus)
+    for name in ("ddp-scaling", "zero1-memory", "zero2-memory", "zero3-memory"):
+        claim = load()[name]
+        recipes = {label: compose(claim.overrides(label, "cuda", ["model=160m"])) for label in claim.needed("cuda")}
+        ranks = {label: r.techniques["parallelism"][0].world_size for label, r in recipes.items()}
+        assert set(ranks.values()) <= {1, gpus} and gpus in ranks.values()
+        assert any(figure.formula.endswith(".ranks") for figure in claim.told_on("cuda"))
+        if name == "ddp-scaling":
+            rows = {label: r.config["workload"]["batch"] for label, r in recipes.items()}
+            assert rows == {"one": 8, "all": 8 * gpus}

@@ -19,11 +19,12 @@ FULLEST = (
 
 
 def together(metrics: Mapping[str, Metric], every: Sequence[Mapping[str, Metric]], device: str) -> dict[str, Metric]:
-    """Rank 0's metrics with those of ADDED (on GPUs) and FULLEST over all ranks, whose own are in `every`.
+    """Rank 0's metrics with those of ADDED (on GPUs) and FULLEST over all ranks, whose own are in `every`; and `ranks`.
 
     A figure that one rank lacks is empty for all, with that rank's reason.
     """
-    out, ranks = dict(metrics), len(every)
+    ranks = len(every)
+    out = {**metrics, "ranks": Metric(ranks, "ranks", source="count")}
     for name in (*(ADDED if device == "cuda" else ()), *FULLEST):
         if name not in metrics:
             continue
