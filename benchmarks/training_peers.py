@@ -181,7 +181,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     """One variant in this process: prints a JSON line a seed."""
     import torch
 
-    from dyno.measure.memory import graph_bytes
+    from dyno.measure.memory import peak_bytes
 
     kind = VARIANTS[name]
     made = Ours(given, kind) if isinstance(kind, list) else Transformers(given, **kind)
@@ -207,7 +207,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
                 "first_step_s": round(first_s, 1), "step_time_s": median,
                 "tokens_per_s": given.batch * given.seq / median,
                 "model_flop_per_s": made.step_flops / median, "mfu": made.step_flops / median / PEAK,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated() + graph_bytes(torch.device("cuda", 0)),
+                "peak_memory_bytes": peak_bytes(torch.device("cuda", 0))[0],
                 "reserved_memory_bytes": torch.cuda.max_memory_reserved(),
                 "losses": [round(float(loss), 5) for loss in losses], "step_times_s": [round(t, 6) for t in times],
             }  # fmt: skip

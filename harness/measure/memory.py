@@ -25,8 +25,18 @@ def proc_kib(path: Path, field: str) -> int:
     raise NotMeasured(f"{path} has no {field}")
 
 
+def peak_bytes(device: torch.device) -> tuple[int, bool]:
+    """The most that tensors took of a GPU, and whether CUDA graphs had a part in it.
+
+    A replay allocates nothing: what graphs work in is in their pools, which the allocator calls free. What leaves a pool
+    and dies before this is read (gradients) would count twice, so what was reserved in all is a limit.
+    """
+    peak, idle = torch.cuda.max_memory_allocated(device), graph_bytes(device)
+    return (min(peak + idle, torch.cuda.max_memory_reserved(device)), True) if idle else (peak, False)
+
+
 def graph_bytes(device: torch.device) -> int:
-    """Bytes that CUDA graphs on a device work in and that the allocator calls free: a replay allocates nothing."""
+    """Bytes of the pools of CUDA graphs that hold no tensor now."""
     segments = torch.cuda.memory_snapshot()
     return sum(
         s["total_size"] - s["allocated_size"]
@@ -56,10 +66,10 @@ class MemoryMeter:
     def read(self) -> dict[str, Metric]:
         """peak_memory_bytes, process_memory_bytes and device_memory_bytes."""
         if self.device.type == "cuda":
-            graphs = graph_bytes(self.device)
+            peak, graphs = peak_bytes(self.device)
             source = "torch_allocator" + (" and the pools of CUDA graphs" if graphs else "")
             return {
-                "peak_memory_bytes": Metric(torch.cuda.max_memory_allocated(self.device) + graphs, "B", source=source),
+                "peak_memory_bytes": Metric(peak, "B", source=source),
                 "reserved_memory_bytes": Metric(
                     torch.cuda.max_memory_reserved(self.device), "B", source="torch_allocator"
                 ),
