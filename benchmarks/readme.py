@@ -42,22 +42,25 @@ def study_table(where: Path) -> list[str]:
     return lines
 
 
+LAYOUTS = ("160m", "160m_128k", "1b")  # groups of the layouts that are shown
 PEERS = {
-    "dyno bf16_master": "Dyno, bf16 with fp32 masters, single-pass AdamW, compile, cuDNN attention",
+    "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
+    "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
 }
 LAST = 20  # steps whose mean loss is told
 
 
 def peer_table(path: Path) -> list[str]:
-    """Our 1B training step beside transformers with torch.compile: same weights, batches and GPU, one after the other."""
+    """Our 1B training steps beside transformers with torch.compile: same weights, batches and GPU, one after the other."""
     rows = {row["variant"]: row for row in map(json.loads, path.read_text().splitlines())}
-    ours, peer = (rows[name] for name in PEERS)
+    ours, narrow, peer = (rows[name] for name in PEERS)
     lines = [
         "",
         f"Training `model=1b` for {ours['steps']} steps at {ours['batch']} x {ours['seq']} tokens, the same weights and "
         f"batches on the same GPU (one seed; loss: mean of the last {LAST} steps): "
-        f"{peer['step_time_s'] / ours['step_time_s']:.2f}x.",
+        f"{peer['step_time_s'] / ours['step_time_s']:.2f}x, with fp8 {peer['step_time_s'] / narrow['step_time_s']:.2f}x. "
+        "Ours compile with CUDA graphs, cuDNN attention, the fused loss and single-pass AdamW.",
         "",
         "| | tokens/s | model FLOP/s | peak memory | loss |",
         "|---|---|---|---|---|",
@@ -65,9 +68,42 @@ def peer_table(path: Path) -> list[str]:
     for name, label in PEERS.items():
         row = rows[name]
         loss = sum(row["losses"][-LAST:]) / LAST
+        peak = min(row["peak_memory_bytes"], row["reserved_memory_bytes"])  # graphs: what left a pool counts twice
         lines.append(
             f"| {label} | {si(row['tokens_per_s'])} | {row['model_flop_per_s'] / 1e12:.0f} T | "
-            f"{si(row['peak_memory_bytes'], 'B')} | {loss:.3f} |"
+            f"{si(peak, 'B')} | {loss:.3f} |"
+        )
+    return lines
+
+
+def layouts_table(where: Path) -> list[str]:
+    """Parallel layouts of two GPUs beside one: what the step takes, what of it waits for messages, and the losses."""
+    cells = {}
+    for text in (where / "done.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        cells[row["key"]] = json.loads((where / "runs" / row["id"] / "record.json").read_bytes())
+    shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
+    bus = sorted(r["metrics"]["bus_byte_per_s"]["value"] for _, r in shown if "bus_byte_per_s" in r["metrics"])
+    lines = [
+        "",
+        "Layouts of two H100 through NCCL, bf16, eager (all-reduce: "
+        f"{bus[len(bus) // 2] / 1e9:.0f} GB/s bus bandwidth). Loss: the largest difference "
+        "to one GPU's over ten steps.",
+        "",
+        "| model and tokens | layout | tokens/s | peak memory a GPU | exposed messages | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, record in shown:
+        group, _, name = key.partition("/")
+        metrics = record["metrics"]
+        one = cells[f"{group}/one"]["details"]["train"]["first_losses"]
+        apart = max(abs(a - b) for a, b in zip(record["details"]["train"]["first_losses"], one, strict=False))
+        share = metrics.get("communication_share", {}).get("value")
+        workload = record["config"]["workload"]
+        lines.append(
+            f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
+            f"{si(metrics['tokens_per_s']['value'])} | {si(metrics['peak_memory_bytes']['value'], 'B')} | "
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else f'{apart:.4f}'} |"
         )
     return lines
 
@@ -149,6 +185,27 @@ def serving_table(where: Path) -> list[str]:
     return lines
 
 
+def split_decode_table(where: Path) -> list[str]:
+    """Decode of a model split over tensor ranks beside the whole model."""
+    records = sorted(read_records(where), key=lambda r: (r["config"]["workload"]["requests"], len(r["ranks"])))
+    workload = records[0]["config"]["workload"]
+    lines = [
+        "",
+        f"Decode of `model={records[0]['choices']['model']}` in bf16, split over tensor ranks, prompt {workload['prompt']}, "
+        f"{workload['new_tokens']} new tokens, compiled, without CUDA graphs. A pass of one token is bound by the host, "
+        "which with two ranks has a collective more to launch after attention and MLP of every block.",
+        "",
+        "| sequences | GPUs | decode tokens/s | time per token | time to first token | peak memory a GPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        names = ("decode_tokens_per_s", "tpot_s", "ttft_s", "peak_memory_bytes")
+        cells = [cell(record["metrics"].get(name)) for name in names]
+        size = [str(record["config"]["workload"]["requests"]), str(max(1, len(record["ranks"])))]
+        lines.append("| " + " | ".join([*size, *cells]) + " |")
+    return lines
+
+
 def meter_lines(path: Path) -> list[str]:
     found = json.loads(path.read_text())
     low, median, high = (100 * found[name] for name in ("overhead_low", "overhead", "overhead_high"))
@@ -206,6 +263,8 @@ def main() -> None:
             *checkpointing_table(reference / "checkpointing"),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
+            *layouts_table(reference.parent / "h100-x2" / "layouts"),
+            *split_decode_table(reference.parent / "h100-x2" / "decode-8b"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
         "planner": planner_table(
