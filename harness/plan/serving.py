@@ -6,7 +6,7 @@ forward pass of training. On small models that ceiling decides, and it differs b
 
 Tensor ranks share heads, channels and vocabulary. A layer then ends twice in an all-reduce of its output, and a pass in an
 all-gather of the logits; each takes a launch of the host and, on the device, a start and the link's time, and hides behind
-nothing. No such run has been measured against this.
+nothing. Measured is 8b on two H100s (results/reference/h100-x2/decode-8b): the host's part decides there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dyno.plan.memory import FP32, block_of, keeps_scores
 from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, product_s
 from dyno.technique import Footprint, Shape
 
-COLLECTIVE_LAUNCHES = 2.0  # what its Python takes of the host, in kernels
+COLLECTIVE_S = 0.4e-3  # of the host for one between compiled kernels: 8b's 64 make 16 ms a token 42 ms, at one request
 BAND = 0.6  # of the seven records in results/reference/h100/generate-160m the worst, quantized, is 59% off
 
 
@@ -125,7 +125,7 @@ def pass_terms(
     )
     attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0
     kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused and not print_.fused else 0.0)
-    kernels += 2 * COLLECTIVE_LAUNCHES * (tensor_ranks(print_) > 1)
+    collectives = 2 * shape.layers if tensor_ranks(print_) > 1 else 0
     block = block_of(shape, print_)
     return {
         "products": shape.layers * sum(product_s(rows, n, m, rate, machine, stored) for n, m in pairs),
@@ -133,7 +133,7 @@ def pass_terms(
         "elementwise": shape.layers * 2 * block.kept * rows / machine.memory,
         "head": product_s(rows, shape.vocab, h, rate, machine, head_width),
         "wire": wire,
-        "host": LAUNCH_S[print_.fused] * kernels * shape.layers if kind == "cuda" else 0.0,
+        "host": LAUNCH_S[print_.fused] * kernels * shape.layers + COLLECTIVE_S * collectives if kind == "cuda" else 0.0,
     }
 
 
