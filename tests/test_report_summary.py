@@ -32,6 +32,19 @@ def test_quantity(value: float | None, unit: str, text: str) -> None:
     assert quantity(value, unit) == text
 
 
+def test_how_a_row_was_measured_does_not_name_it() -> None:
+    records = [
+        {
+            "id": f"r{i}",
+            "status": "ok",
+            "choices": {"workload": "train", "measure": "quick"},
+            "config": {"workload": {"batch": i}, "measure": {"min_steps": i}},
+        }
+        for i in range(2)
+    ]
+    assert varied_knobs(rows(None, records)) == ["workload.batch"]
+
+
 def test_units_and_directions() -> None:
     assert unit_of("peak_memory_bytes") == unit_of("peak_memory_bytes", "bytes") == "B"
     assert unit_of("tokens_per_s", "token/s") == "tokens/s"

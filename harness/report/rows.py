@@ -195,10 +195,12 @@ def varied(all_rows: list[Row]) -> list[str]:
 
 
 def varied_knobs(all_rows: list[Row]) -> list[str]:
-    """Knobs whose value differs between rows that chose the same option of their axis."""
+    """Knobs whose value differs between rows that chose the same option of their axis; how a row was measured is none."""
     seen: dict[str, dict[str, set[str]]] = {}
     for row in all_rows:
         for knob, value in row.knobs.items():
+            if knob.startswith("measure."):
+                continue
             option = row.choices.get(knob.partition(".")[0], "")
             seen.setdefault(knob, {}).setdefault(option, set()).add(value)
     return sorted(knob for knob, options in seen.items() if any(len(values) > 1 for values in options.values()))
