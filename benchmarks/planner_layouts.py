@@ -23,6 +23,7 @@ import numpy as np
 
 from dyno.errors import UserError
 from dyno.measure.environment import Device
+from dyno.measure.hardware import resolve
 from dyno.plan import predict, search, shape_of
 from dyno.plan.cluster import cluster_of
 from dyno.plan.machine import from_ceilings
@@ -78,7 +79,8 @@ def again(record: dict[str, Any], recipe: Recipe, gpus: int) -> dict[str, Any]:
     device = Device(
         "cuda" if ceilings["uuid"] else "cpu", 0, record["fingerprint"]["device"], 10**15, (9, 0), None, gpus
     )
-    with mock.patch("dyno.plan.machine_of", return_value=from_ceilings(ceilings, hardware)):
+    machine = from_ceilings(ceilings, resolve(hardware, device.kind, device.name))
+    with mock.patch("dyno.plan.machine_of", return_value=machine):
         return predict(recipe, device).to_json()
 
 

@@ -216,7 +216,7 @@ def meter_lines(path: Path) -> list[str]:
     ]
 
 
-def planner_table(study: Path, drawn: Path, published: Path, served: Path) -> list[str]:
+def planner_table(study: Path, drawn: Path, published: Path, served: Path, split: Path) -> list[str]:
     """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
     records = [r for r in read_records(study) if r["status"] == "ok"]
     lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
@@ -239,6 +239,13 @@ def planner_table(study: Path, drawn: Path, published: Path, served: Path) -> li
         lines.append(
             f"| {name} of random recipes, {which.replace('_', ' ')}, held out of {random['runs']} | {found['runs']} | "
             f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+        )
+    layouts = json.loads(split.read_text())
+    for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
+        found = layouts[name]
+        lines.append(
+            f"| {label} of layouts on two GPUs, host costs fitted to these | {found['runs']} | {found['median']:.1%} | "
+            f"{found['worst']:.1%} |"
         )
     found = json.loads(published.read_text())["held_out"]
     lines.append(
@@ -270,7 +277,7 @@ def main() -> None:
         "planner": planner_table(
             reference / "quickstart-160m",
             planner / "random_recipes.json",
-            *(planner / name for name in ("published_runs.json", "serving.json")),
+            *(planner / name for name in ("published_runs.json", "serving.json", "layouts.json")),
         ),
     }
     path = ROOT / "README.md"

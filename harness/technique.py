@@ -57,13 +57,18 @@ class Footprint:
     `layer_factor` the share of the layers (pipeline), `width_factor` of the heads and channels (tensor parallel);
     `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits,
     `head_factor` whether this rank has the head (pipeline), `in_flight` the micro-batches whose activations it keeps at once,
-    `host_factor` the host's time in an eager step. `logits_rows`: tokens whose logits are in memory, where not all.
+    `host_factor` the host's time in an eager step. `logits_rows`: tokens whose logits are in memory, where not all;
+    `loss_copies` of them, in fp32, at the loss's fullest moment, where not 3; beside them, of other micro-batches,
+    `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width; and
+    `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
     Amounts. `master_bytes` a parameter of a wider copy; `boundaries`: block inputs kept instead of the blocks' insides;
     `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
     step's `host_traffic_bytes` to and from the host and `host_activations`, numbers a token that go there and come back;
     what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
-    width, and `wire_bytes`), and `bubble`, the idle share of a step.
+    width, and `wire_bytes`), of that what the device stands still for (`waited_activations`, `waited_bytes`); `host_s`,
+    seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which
+    recomputation repeats; and `bubble`, the idle share of a step.
 
     Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
     `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
@@ -83,6 +88,7 @@ class Footprint:
     matmul_gain: float | None = None
     attention_rate: float | None = None
     logits_rows: float | None = None
+    loss_copies: float | None = None
     linear_factor: float = 1.0
     parameter_factor: float = 1.0
     gradient_factor: float = 1.0
@@ -93,6 +99,7 @@ class Footprint:
     activation_factor: float = 1.0
     logits_factor: float = 1.0
     head_factor: float = 1.0
+    earlier_gradients: float = 1.0
     in_flight: float = 1.0
     flops_factor: float = 1.0
     host_factor: float = 1.0
@@ -107,6 +114,8 @@ class Footprint:
     skips_documents: bool = False
     fused: bool = False
     fused_loss: bool = False
+    kept_losses: float = 0.0
+    kept_outputs: float = 0.0
     master_bytes: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0
@@ -117,6 +126,10 @@ class Footprint:
     wire_weights: float = 0.0
     wire_activations: float = 0.0
     wire_bytes: float = 0.0
+    waited_activations: float = 0.0
+    waited_bytes: float = 0.0
+    host_s: float = 0.0
+    host_again_s: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
 

@@ -29,6 +29,7 @@ FOR_TIME = {
     "host": "larger micro-batches or compile: the host launches small kernels more slowly than the device ends them",
     "fixed": "larger batches",
     "wire": "more compute a rank, or a layout that sends less",
+    "waited": "fewer tensor or context ranks: nothing hides what these send",
     "offload": "larger batches, or less on the host",
 }
 
@@ -42,6 +43,6 @@ def memory_advice(terms: dict[str, float]) -> str:
 def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
     """Device, host or link, whichever binds; on the device its largest term; and what would shrink it."""
     busy = sum(terms[name] for name in device)
-    waits = max(("host", "offload", "wire"), key=lambda name: terms[name])
+    waits = max(("host", "offload", "wire", "waited"), key=lambda name: terms[name])
     name = waits if terms[waits] > busy else max(device, key=lambda term: terms[term])
     return f"{name} take {terms[name] / max(busy, terms[waits]):.0%} of it: {FOR_TIME[name]}"

@@ -37,7 +37,7 @@ from dyno.technique import of_ranks
 FOLDS = 3
 DRAWS = (0.05, 0.2, 0.8)  # how strongly coefficients are drawn to 1, see `fit.coefficients`
 FEWEST = 8  # runs of a kind before anything is fitted
-TIME_TERMS = (*time.DEVICE, "host", "fixed", "wire", "offload")
+TIME_TERMS = (*time.DEVICE, "host", "fixed", "wire", "waited", "offload")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def fit_time(samples: list[Sample], draw: float) -> Fit:
             now = corrected_time(sample.seconds, fit)
             device = sum(now[n] for n in time.DEVICE)
             bound = max((device, time.DEVICE), (now["host"], ("host",)), (now["offload"], ("offload",)))[1]
-            used = {*bound, "fixed", "wire"}
+            used = {*bound, "fixed", "wire", "waited"}
             wire = (1 - time.OVERLAP) if sample.seconds["wire"] else 0.0
             rows.append(
                 [(wire if n == "wire" else 1.0) * sample.seconds[n] / (1 - sample.bubble) * (n in used)
@@ -212,19 +212,23 @@ def unchanged(samples: list[Sample], what: str) -> Fit:
 
 
 def strength(fitter: Callable[[list[Sample], float], Fit], samples: list[Sample], what: str) -> float | None:
-    """The draw whose fits predict best what they did not see, in thirds of `samples`; None: the terms as derived do.
+    """How strongly to draw: the most that predicts what its fits did not see, in thirds of `samples`, as well as the
+    best does within that one's standard error (Breiman et al. 1984, the rule of one standard error).
 
-    The error is relative and counted up to 1, so that one wild run does not decide.
+    None: the terms as derived do. The error is relative and counted up to 1, so that one wild run does not decide.
     """
 
-    def error(draw: float | None) -> float:
+    def error(draw: float | None) -> np.ndarray:
         found = []
         for i in range(FOLDS):
             rest, third = [s for j, s in enumerate(samples) if j % FOLDS != i], samples[i::FOLDS]
             found.append(np.minimum(np.abs(errors(third, fitter(rest, draw) if draw else None, what)), 1.0))
-        return float(np.concatenate(found).mean())
+        return np.concatenate(found)
 
-    return min((None, *DRAWS), key=error)
+    found = {draw: error(draw) for draw in (None, *sorted(DRAWS, reverse=True))}
+    best = min(found.values(), key=np.mean)
+    enough = best.mean() + best.std() / np.sqrt(len(best))
+    return next(draw for draw, errors_ in found.items() if errors_.mean() <= enough)
 
 
 def from_records(where: str | Path) -> list[Calibration]:

@@ -105,8 +105,11 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES),
     }
     gradients = gradient * held * print_.gradient_factor
-    before = gradients if print_.micro_batches > 1 else 0.0  # of the micro-batches before this one
-    cast = w * shape.linear_parameters * split if w < stored else 0.0
+    before = gradients * print_.earlier_gradients if print_.micro_batches > 1 else 0.0  # of those before this one
+    # Every micro-batch in flight has cast the weights for itself, and its graph keeps them.
+    cast_head = w * head * (1 + print_.kept_losses) if w < stored else 0.0
+    cast_blocks = w * (shape.linear_parameters - shape.vocab * shape.hidden) * split if w < stored else 0.0
+    cast = cast_head + cast_blocks * print_.in_flight
 
     block, layers = block_of(shape, print_), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
@@ -129,12 +132,14 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     rows = tokens if print_.logits_rows is None else min(tokens, print_.logits_rows)
     logits = rows * shape.vocab * print_.width_factor * print_.logits_factor * print_.head_factor
     # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
-    logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), 3 * FP32)
+    loss_bytes = FP32 * (3.0 if print_.loss_copies is None else print_.loss_copies)
+    logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), loss_bytes)
+    others = logits * (FP32 * print_.kept_losses + w * print_.kept_outputs)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
     forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
-        alive | {"logits": logits_forward * logits, "cast weights": cast},
-        alive | {"logits": logits_backward * logits, "cast weights": w * head if cast and checkpointed else cast},
+        alive | {"logits": logits_forward * logits + others, "cast weights": cast},
+        alive | {"logits": logits_backward * logits + others, "cast weights": cast_head if checkpointed else cast},
         key=total,
     )
     exchange = gradient - (w if cast else 0.0)  # a gradient comes, the cast weight goes
@@ -146,7 +151,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     waiting = w * logits if print_.fused_loss and checkpointed else 0.0
     start = {
         **base,
-        "logits": waiting,
+        "logits": waiting + others,
         "gradients": max(before, gradient * head * print_.gradient_factor),
         "activations": kept + ends,
         **mask,

@@ -17,7 +17,7 @@ from typing import Any
 from dyno.plan.links import ring_half_s, ring_s, tree_s
 from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, block_of, keeps_scores
-from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, product_s
+from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, attention_share, product_s
 from dyno.technique import Footprint, Shape
 
 COLLECTIVE_S = 0.4e-3  # of the host for one between compiled kernels: 8b's 64 make 16 ms a token 42 ms, at one request
@@ -120,7 +120,7 @@ def pass_terms(
     unfused = keeps_scores(shape, print_)
     scored = rows * context * shape.heads
     attention = RAMP_S + max(
-        4 * scored * shape.head_dim / (rate * (print_.attention_rate or 0.4)),
+        4 * scored * shape.head_dim / (rate * attention_share(print_, max(tokens, context))),
         2 * shape.batch * (context if tokens == 1 else tokens) * k * width * print_.kv_cache_factor / machine.memory,
     )
     attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0

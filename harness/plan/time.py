@@ -1,8 +1,8 @@
 """The time of a training step, term by term, from a machine's ceilings: arithmetic only.
 
-A step takes as long as the slower of the device, which works through products, attention and passes over memory, and
-the host, which launches them; then what does not overlap: the wire, the host's link, the pipeline's idle share. Letters
-are those of `dyno.plan.memory`.
+A step takes as long as the slowest of the device, which works through products, attention and passes over memory and
+waits for what no work hides on the wire; the host, which launches them; and the host's link. A pipeline's idle share
+comes on top. Letters are those of `dyno.plan.memory`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
-LAUNCH_S = {False: 20e-6, True: 4e-6}  # of host time a kernel: Python and autograd eager, a generated wrapper compiled
+LAUNCH_S = {False: 20e-6, True: 4e-6}  # of host time a kernel: Python eager, a generated wrapper compiled
+AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
-LINK_BYTES_PER_S = 200e9  # where nothing states the link between ranks
-OVERLAP = 0.5  # of what the wire carries while the device works
+EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
+ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
+LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
+OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
 
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
 
@@ -38,6 +41,16 @@ def wire_bytes(print_: Footprint) -> float:
     """Bytes that a rank sends in a step."""
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     return print_.wire_bytes + print_.wire_weights * stored + print_.wire_activations * activation_width(print_)
+
+
+def waited_bytes(print_: Footprint) -> float:
+    """Those of them that the device stands still for."""
+    return print_.waited_bytes + print_.waited_activations * activation_width(print_)
+
+
+def attention_share(print_: Footprint, keys: float) -> float:
+    """A fused forward pass over so many keys: its rate over the matrix products', heads 128 wide."""
+    return (print_.attention_rate or ATTENTION) * keys / (keys + EDGE_KEYS)
 
 
 def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
@@ -74,7 +87,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
     else:
         # Narrow heads feed the tensor cores badly; in fp32 there are none, and a kernel comes near the products' rate.
-        narrow = flop_per_s * (print_.attention_rate or 0.4) * 1.25 * shape.head_dim / (shape.head_dim + 32.0)
+        narrow = flop_per_s * attention_share(print_, shape.seq) * 1.25 * shape.head_dim / (shape.head_dim + 32.0)
         rate = narrow if mixed else 0.9 * machine.matmul["fp32"]
         # What a mask in memory hides is computed too: 2.3x causal attention's time by cuDNN on an H100, at 8 x 2048.
         seen = 4.0 if masked(print_) else 2.0 * (print_.document_share if print_.skips_documents else 1.0)
@@ -109,15 +122,20 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if w < stored and not fused:
         kernels += 7 * (2 + again)
     host = LAUNCH_S[fused] * kernels * calls * print_.host_factor if kind == "cuda" else 0.0
+    if kind == "cuda" and not fused:  # what a compiled step leaves of a layout's own calls no record tells
+        host = host * AUTOGRAD + print_.host_s + again * print_.host_again_s
     away = print_.host_activations * tokens  # or, where blocks are recomputed, only their inputs
     if away and print_.boundaries:
         away = print_.boundaries * h * tokens
+    per_s = LINK_REACHED * machine.link.bytes_per_s
+    waited = waited_bytes(print_) + again / 2 * print_.waited_activations * w  # half of them in the forward pass
     link = print_.host_traffic_bytes + 2 * w * micro * away  # out and back
     return {
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
-        "wire": wire_bytes(print_) / LINK_BYTES_PER_S, "offload": link / machine.host_bytes_per_s,
+        "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited / per_s,
+        "offload": link / machine.host_bytes_per_s,
     }  # fmt: skip
 
 
@@ -127,7 +145,8 @@ def slowest(shape: Shape, prints: Sequence[Footprint], machine: Machine, kind: s
 
 
 def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:
-    """Seconds of a step from its terms: the slower of device and host, what the wire adds, the idle share."""
+    """Seconds of a step from its terms: the slowest of device with its waits, host and host's link; the idle share."""
     device = sum(terms[name] for name in DEVICE)
-    busy = max(device, terms["host"], terms["offload"]) + terms["fixed"]
-    return (busy + max(terms["wire"] - OVERLAP * device, (1 - OVERLAP) * terms["wire"])) / (1 - min(bubble, 0.99))
+    exposed = max(terms["wire"] - OVERLAP * device, (1 - OVERLAP) * terms["wire"])
+    busy = max(device + terms["waited"] + exposed, terms["host"], terms["offload"])  # a late host gives the wire time
+    return (busy + terms["fixed"]) / (1 - min(bubble, 0.99))

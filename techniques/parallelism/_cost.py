@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyno.technique import Footprint, Shape
-from dyno.techniques.parallelism import _stages
+from dyno.techniques.attention.sdpa import RATES
+from dyno.techniques.parallelism import _host, _orders, _stages
 
 if TYPE_CHECKING:
     from dyno.techniques.parallelism.mesh import Mesh
@@ -26,6 +27,7 @@ class Part:
     head: float  # 0 where the head is the embedding
     has_head: bool
     boundaries: int  # that it sends over for one micro-batch
+    held: _orders.Held  # in its fullest moment
 
     @property
     def weights(self) -> float:
@@ -43,13 +45,14 @@ def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
         shape.parameters - table * (1 if tied(shape) else 2)
     ) / shape.layers  # the last norm is spread over the blocks
     if layout.pp == 1:
-        return Part(shape.layers, block, table, 0.0 if tied(shape) else table, True, 0)
+        return Part(shape.layers, block, table, 0.0 if tied(shape) else table, True, 0, _orders.Held(shape.layers))
     stages = layout.pp * _stages.stages_per_rank(layout)
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
     cuts = _stages.balance(shape, stages, tokens)
     mine = [s for s in range(stages) if _stages.rank_of(s, layout) == pp_rank]
     layers, last = sum(len(cuts[s]) for s in mine), stages - 1 in mine
-    return Part(layers, block, table * (0 in mine), table * last, last, _stages.sends(layout, pp_rank))
+    held = _orders.held(layout, shape, [cuts[s] for s in mine], pp_rank, layers * block)
+    return Part(layers, block, table * (0 in mine), table * last, last, _stages.sends(layout, pp_rank), held)
 
 
 def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
@@ -74,30 +77,38 @@ def tied(shape: Shape) -> bool:
     return shape.parameters - shape.linear_parameters < shape.vocab * shape.hidden
 
 
-def activation_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
-    """Numbers of an activation's width that a rank sends in a step, nothing being recomputed.
+def waited_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
+    """Numbers of an activation's width that a rank sends in a step, nothing being recomputed, and that the next
+    product needs at once.
 
     Tensor parallel: four reductions a layer of (tokens x hidden), whole or as scatter and gather; one more each at the
-    embedding and the head. Pipeline: a boundary's states and their gradients. Ring: keys and values, forward and
-    backward. Ulysses: queries, keys, values and outputs, forward and backward.
+    embedding and the head. Ulysses: queries, keys, values and outputs, forward and backward.
     """
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
-    queries = tokens * shape.heads * shape.head_dim / layout.tp
-    keys = tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
     reductions = 4 * part.layers + bool(part.embedding) + part.has_head
     numbers = reductions * 2 * tokens * shape.hidden * ring(layout.tp)
     if not layout.loss_parallel:
         numbers += part.has_head * tokens * shape.vocab * ring(layout.tp)
-    numbers += part.boundaries * tokens * shape.hidden / layout.token_shards
+    if layout.cp > 1 and layout.context != "ring":
+        each = tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim / layout.tp
+        numbers += part.layers * 2 * each * ring(layout.cp)
+    return numbers
+
+
+def hidden_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
+    """Those that travel while the rank has other work: a pipeline's states and their gradients between stages, a ring's
+    keys and values, forward and backward."""
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    numbers = part.boundaries * tokens * shape.hidden / layout.token_shards
     if layout.cp > 1 and layout.context == "ring":
+        keys = tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
         numbers += part.layers * 2 * (layout.cp - 1) * keys
-    elif layout.cp > 1:
-        numbers += part.layers * 2 * (2 * queries + keys) * ring(layout.cp)
     return numbers
 
 
 def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
-    """Bytes sent in fp32 whatever the activations are: a ring's gradients of keys and values, a softmax's sums."""
+    """Bytes sent in fp32 whatever the activations are, and waited for: a ring's gradients of keys and values, a
+    softmax's sums."""
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
     total = 0.0
     if layout.cp > 1 and layout.context == "ring":
@@ -118,7 +129,6 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     whole, micro = part.weights / layout.tp, layout.micro_batches if layout.pp > 1 else 1
     layers = part.layers / shape.layers
     weights = part.weights / shape.parameters / layers
-    held = _stages.in_flight(layout, pp_rank) if layout.pp > 1 else 1.0
     extra, gradients = 0.0, 1.0
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
         extra, gradients = 4.0 * whole, 0.0
@@ -132,7 +142,11 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     gathered = 1 / layout.shards
     if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
         gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
+    waited, wide = waited_numbers(layout, shape, part), wide_bytes(layout, shape, part)
+    host, host_again = _host.seconds(layout, shape, part)
     return Footprint(
+        # PyTorch's flash kernel attends to the parts of a ring, whatever the attention is.
+        attention_rate=RATES["flash"] if layout.cp > 1 and layout.context == "ring" else None,
         parameter_factor=gathered * weights,
         gradient_factor=gradients * weights,
         optimizer_factor=weights / layout.shards,
@@ -141,13 +155,21 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         layer_factor=layers,
         width_factor=1 / layout.tp,
         activation_factor=unsplit,
-        logits_factor=(held if layout.schedule == "gpipe" else 1.0) / layout.vocabulary_shards,
+        logits_factor=layout.tp / layout.vocabulary_shards,
+        loss_copies=4.0 if layout.vocabulary_shards > 1 else None,  # its gradient is made out of place, step by step
+        earlier_gradients=float(part.held.gradients),
+        kept_losses=part.held.losses,
+        kept_outputs=part.held.outputs,
         head_factor=float(part.has_head),
-        in_flight=held,
+        in_flight=part.held.blocks / part.layers,
         extra_bytes=extra,
         wire_weights=weight_numbers(layout, shape, part),
-        wire_activations=activation_numbers(layout, shape, part),
-        wire_bytes=wide_bytes(layout, shape, part),
+        wire_activations=waited + hidden_numbers(layout, shape, part),
+        wire_bytes=wide,
+        waited_activations=waited,
+        waited_bytes=wide,
+        host_s=host,
+        host_again_s=host_again,
         bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
         ranks=layout.world_size,
     )

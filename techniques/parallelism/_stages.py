@@ -81,16 +81,6 @@ def bubble(layout: Mesh) -> float:
     return (p - 1) / (work + p - 1)
 
 
-def in_flight(layout: Mesh, pp_rank: int = 0) -> float:
-    """Micro-batches whose activations a rank keeps at once, in units of all the layers it has."""
-    p, m, v = layout.pp, layout.micro_batches, stages_per_rank(layout)
-    if layout.schedule == "gpipe":
-        return float(m)
-    if layout.schedule in ("interleaved", "zero_bubble") and v > 1:
-        return min(float(m), (2 * (p - pp_rank - 1) + (v - 1) * p + 1) / v)
-    return float(min(m, p if layout.schedule == "zbv" else p - pp_rank))
-
-
 def sends(layout: Mesh, pp_rank: int) -> int:
     """Boundaries that a rank sends over for one micro-batch: activations forward, gradients back."""
     count = 0
