@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import layouts
+
 from dyno.record import read_records
 from dyno.show import si
 
@@ -78,12 +80,10 @@ def peer_table(path: Path) -> list[str]:
 
 def layouts_table(where: Path) -> list[str]:
     """Parallel layouts of two GPUs beside one: what the step takes, what of it waits for messages, and the losses."""
-    cells = {}
-    for text in (where / "done.jsonl").read_text().splitlines():
-        row = json.loads(text)
-        cells[row["key"]] = json.loads((where / "runs" / row["id"] / "record.json").read_bytes())
+    cells = layouts.read(where)
     shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
-    bus = sorted(r["metrics"]["bus_byte_per_s"]["value"] for _, r in shown if "bus_byte_per_s" in r["metrics"])
+    rows = {key: layouts.row_of(key, r, cells.get(layouts.reference(key))) for key, r in shown}
+    bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
     lines = [
         "",
         "Layouts of two H100 through NCCL, bf16, eager (all-reduce: "
@@ -94,16 +94,12 @@ def layouts_table(where: Path) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for key, record in shown:
-        group, _, name = key.partition("/")
-        metrics = record["metrics"]
-        one = cells[f"{group}/one"]["details"]["train"]["first_losses"]
-        apart = max(abs(a - b) for a, b in zip(record["details"]["train"]["first_losses"], one, strict=False))
-        share = metrics.get("communication_share", {}).get("value")
-        workload = record["config"]["workload"]
+        name, row, workload = key.rpartition("/")[2], rows[key], record["config"]["workload"]
+        share = row["communication_share"]
         lines.append(
             f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
-            f"{si(metrics['tokens_per_s']['value'])} | {si(metrics['peak_memory_bytes']['value'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else f'{apart:.4f}'} |"
+            f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else format(row['loss_apart'], '.4f')} |"
         )
     return lines
 

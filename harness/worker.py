@@ -106,7 +106,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
     verdict = meter.validity()
     figures: list[dict[str, Any]] = []
     if ranks > 1:
-        metrics, verdict, figures = of_all_ranks(ranks, metrics, verdict, device)
+        metrics, verdict, figures = of_all_ranks(metrics, verdict, device)
     data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
     result: dict[str, Any] = {
         "status": "ok",
@@ -143,15 +143,14 @@ def birth() -> str:
     return "forked, torch imported before" if FORKED in os.environ else "started"
 
 
-def of_all_ranks(ranks: int, metrics: dict[str, Any], verdict: dict[str, Any], device: Any) -> tuple[Any, Any, Any]:
+def of_all_ranks(metrics: dict[str, Any], verdict: dict[str, Any], device: Any) -> tuple[Any, Any, Any]:
     """The run's metrics and validity, and the figures of each rank; all ranks call this together."""
-    from dyno.measure.together import ADDED, FULLEST, together
+    from dyno.measure.together import ADDED, FULLEST, gathered, together
     from dyno.measure.validity import of_ranks
-    from dyno.stages.ranks import gathered
 
     names = ("step_time_s", "tokens_per_s", *ADDED, *FULLEST)
     mine = {n: metrics[n] for n in names if n in metrics}
-    rows, verdicts, devices = zip(*gathered((mine, verdict, str(device)), ranks), strict=True)
+    rows, verdicts, devices = zip(*gathered((mine, verdict, str(device))), strict=True)
     figures = [
         {"rank": rank, "device": devices[rank], **{name: metric.value for name, metric in row.items()}}
         for rank, row in enumerate(rows)

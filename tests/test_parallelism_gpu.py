@@ -70,12 +70,10 @@ def test_two_gpus_train_like_one(layout, composed):
     [["precision=fp32"], ["precision=bf16"], ["precision=bf16", "compile=on"], ["decoding=sampling", "kv_cache=none"]],
     ids=" ".join,
 )
-def test_two_gpus_decode_like_one(overrides, tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNO_HOME", str(tmp_path / "home"))
-    small = ["model=micro", "model.vocab_size=258", "corpus=stories", "corpus.size_bytes=200000", "measure=quick",
-             "workload=generate", "workload.steps=20", "workload.eval_tokens=4096", "workload.requests=4",
-             "workload.new_tokens=16", "parallelism=tensor", f"results_dir={tmp_path / 'results'}"]  # fmt: skip
-    one, two = (runner.run(compose([*small, *overrides, f"parallelism.tp={tp}"])) for tp in (1, 2))
+def test_two_gpus_decode_like_one(overrides, composed):
+    served = ["workload=generate", "workload.eval_tokens=4096", "workload.requests=4", "workload.new_tokens=16",
+              "parallelism=tensor", *overrides]  # fmt: skip
+    one, two = (runner.run(composed(*served, f"parallelism.tp={tp}")) for tp in (1, 2))
     for out in (one, two):
         assert out["status"] == "ok", out["reason"]
     metrics = two["metrics"]

@@ -75,7 +75,7 @@ def served(case: str, directory: Path, rank: int, count: int) -> dict[str, torch
             texts.append(session.tokens.clone())
         out["texts"] = torch.stack(texts)
         if count > 1:
-            same_on_every_rank(session.tokens, count)
+            same_on_every_rank(session.tokens)
             session.rewind()
             out |= {name: torch.tensor(m.value) for name, m in counted_pass(run, session.step).items()}
     out["held"] = torch.tensor(
@@ -94,7 +94,7 @@ def refusals(rank: int) -> None:
     with pytest.raises(Unsupported, match="plain matrices; this model has a Sequential"):
         _serving.split(packed, rank, 2, group)
     with pytest.raises(RunFailure, match="decoded different tokens"):
-        same_on_every_rank(torch.tensor([[1, rank]]), 2)
+        same_on_every_rank(torch.tensor([[1, rank]]))
 
 
 def main(directory: Path) -> None:

@@ -61,13 +61,17 @@ def test_what_moves_a_pass():
     assert guess.tpot_s is guess.tokens_per_s is None and "not known" in guess.reasons["tpot_s"] and guess.ttft_s > 0
 
 
-def test_errors_on_committed_records_stay_inside_the_band_and_are_told(capsys):
-    """Whatever they are: nothing in the predictor is fitted to these runs."""
+def benchmark():
     spec = importlib.util.spec_from_file_location("serving_error", ROOT / "benchmarks" / "serving_error.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rows = module.errors()
+    return module
+
+
+def test_errors_on_committed_records_stay_inside_the_band_and_are_told(capsys):
+    """Whatever they are: nothing in the predictor is fitted to these runs."""
+    rows = benchmark().errors()
     assert len(rows) >= 7
     for row in rows:
         for name in ("ttft_s", "tpot_s"):
@@ -84,6 +88,12 @@ def test_errors_on_committed_records_stay_inside_the_band_and_are_told(capsys):
     committed = json.loads((ROOT / "results" / "reference" / "planner" / "serving.json").read_text())
     for row, old in zip(rows, committed["rows"], strict=True):
         assert row["ttft_s_error"] == pytest.approx(old["ttft_s_error"], abs=1e-6)
+
+
+def test_decode_of_8b_on_one_and_two_gpus_stays_inside_the_band():
+    rows = benchmark().errors(ROOT / "results" / "reference" / "h100-x2" / "decode-8b")
+    assert len(rows) == 4
+    assert all(abs(row[f"{name}_error"]) <= BAND for row in rows for name in ("ttft_s", "tpot_s"))
 
 
 def test_the_plan_of_a_generate_workload_says_so(capsys):

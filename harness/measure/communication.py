@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 
 from dyno.measure.clock import make_clock, synchronize
+from dyno.measure.together import gathered
 from dyno.record import Metric, unmeasured
 
 STEPS = 2  # profiled together
@@ -87,8 +88,7 @@ def communication(
             "communication_share": unmeasured("1", "a CPU's collectives leave no kernels to tell from the rest"),
             "bus_byte_per_s": bus_byte_per_s(device),
         }
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, profiled(step, device).summary())
+    every = gathered(profiled(step, device).summary())
     note("communication", every)
     shares = [rank["exposed_s"] / rank["seconds"] for rank in every if rank["seconds"]]
     if not shares:

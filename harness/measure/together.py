@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import distributed as dist
 
 from dyno.record import Metric
 
@@ -16,6 +19,13 @@ FULLEST = (
     "peak_memory_bytes", "reserved_memory_bytes", "process_memory_bytes", "device_memory_bytes", "activation_bytes",
     "parameter_bytes", "gradient_bytes", "optimizer_bytes",
 )  # fmt: skip
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, which call this together. It is pickled: of this run's own ranks only."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def together(metrics: Mapping[str, Metric], every: Sequence[Mapping[str, Metric]], device: str) -> dict[str, Metric]:

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch import distributed as dist
 
 from dyno.errors import UserError
+from dyno.measure.together import gathered
 from dyno.record import write_json
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def save(trainer: Trainer, directory: Path) -> Path:
     part = f"part-{writes}.safetensors"
     if writes is not None:
         save_file(tensors, path / part)
-    lists: list[Any] = [dict.fromkeys(tensors, part)]
-    if run.ranks > 1:
-        lists = [None] * run.ranks
-        dist.all_gather_object(lists, dict.fromkeys(tensors, part))
+    mine = dict.fromkeys(tensors, part)
+    lists = gathered(mine) if run.ranks > 1 else [mine]
     if run.rank == 0:
         scaler = run.part("scaler")
         places = {name: file for one in lists for name, file in one.items()}

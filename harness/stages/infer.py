@@ -153,7 +153,7 @@ def generate(pipeline: Pipeline, run: Run, prompts: Tensor, workload: dict[str, 
         for _ in window.steps(warm.steps_to_fill if ranks > 1 else None):
             gained += one_pass()
     if ranks > 1:
-        same_on_every_rank(session.tokens, ranks)
+        same_on_every_rank(session.tokens)
     window.tokens = gained
     passes = len(window.step_times_s)
     window.dtype = run.part("matmul_dtype")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from dyno.errors import RunFailure
+from dyno.measure.together import gathered
 from dyno.measure.wire import Wire
 from dyno.record import Metric
 
@@ -30,16 +31,9 @@ def first_rank_first(rank: int, ranks: int) -> Iterator[None]:
         dist.barrier()
 
 
-def gathered(value: Any, ranks: int) -> list[Any]:
-    """Every rank's value, on every rank, which call this together."""
-    values: list[Any] = [None] * ranks
-    dist.all_gather_object(values, value)
-    return values
-
-
-def same_on_every_rank(tokens: Tensor, ranks: int) -> None:
+def same_on_every_rank(tokens: Tensor) -> None:
     """Raise when ranks that decode one text have not chosen the same tokens (B, T)."""
-    texts = gathered(tokens.cpu(), ranks)
+    texts = gathered(tokens.cpu())
     if any(not torch.equal(text, texts[0]) for text in texts):
         raise RunFailure("the ranks have decoded different tokens; they see the same logits and must choose alike")
 
@@ -73,7 +67,7 @@ def counted_wire(run: Run, step: Callable[[], Any], what: str) -> Metric:
     """Bytes that the busiest rank sends in one `step`, which all ranks take together; every rank's table is noted."""
     with Wire() as wire:
         step()
-    tables = gathered(wire.rows(run.part("groups")), run.ranks)
+    tables = gathered(wire.rows(run.part("groups")))
     run.note("wire", tables)
     sent = [sum(row["sent_bytes"] for row in table) for table in tables]
     source = f"one {what}'s collectives, each as a ring sends it; the busiest rank"

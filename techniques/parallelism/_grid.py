@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from dyno.measure.together import gathered
 
 if TYPE_CHECKING:
     from dyno.techniques.parallelism.mesh import Mesh
@@ -88,6 +89,5 @@ def state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
     }
     if grid.layout.pp == 1:
         return mine
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine if grid.dp_rank == grid.cp_rank == grid.tp_rank == 0 else {})
+    parts = gathered(mine if grid.dp_rank == grid.cp_rank == grid.tp_rank == 0 else {})
     return {name: tensor for part in parts for name, tensor in part.items()}
