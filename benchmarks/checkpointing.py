@@ -2,6 +2,7 @@
 
     python benchmarks/checkpointing.py --seconds 100
     python benchmarks/checkpointing.py --model nano --batch 4 --seq 128 --only none uniform
+    python benchmarks/checkpointing.py --workers 2          # while one is timed another compiles; both must fit
 
 Each variant is an ordinary run in a process of its own with a short window. Prints one JSON line a variant, as it ends;
 what the time does not reach is told.
@@ -12,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dyno import runner
-from dyno.recipe import compose
+from dyno.recipe import Recipe, compose
 
 VARIANTS: dict[str, list[str]] = {
     "none": ["checkpointing=none"],
@@ -39,8 +41,8 @@ SHORT = [
 SHOWN = ("step_time_s", "tokens_per_s", "peak_memory_bytes", "activation_bytes", "recomputed_flops", "compile_time_s")
 
 
-def measure(name: str, overrides: list[str], results: str) -> dict[str, Any]:
-    record = runner.run(compose([*SHORT, *overrides, f"results_dir={results}"]))
+def measure(name: str, recipe: Recipe) -> dict[str, Any]:
+    record = runner.run(recipe)
     metrics = record["metrics"]
     row = {n: metrics[n]["value"] if n in metrics else None for n in SHOWN}
     ends = {"status": record["status"], "reason": record["reason"], "wall_s": record["duration_s"]}
@@ -54,17 +56,24 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--seconds", type=float, default=100.0, help="start no variant after so long")
+    parser.add_argument("--workers", type=int, default=1, help="variants that start side by side and measure in turn")
     parser.add_argument("--out", default="results/checkpointing", help="results directory")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     given = parser.parse_args()
     shape = [f"model={given.model}", f"workload.batch={given.batch}", f"workload.seq={given.seq}",
              f"precision={given.precision}"]  # fmt: skip
+    turns = ["measure.exclusive=window"] if given.workers > 1 else []
+    common = [*SHORT, *shape, *turns, f"results_dir={given.out}"]
+    recipes = {name: compose([*common, *VARIANTS[name]]) for name in given.only}
     start = time.perf_counter()
-    for name in given.only:
-        if time.perf_counter() - start > given.seconds:
-            print(json.dumps({"variant": name, "skipped": f"{given.seconds:.0f} s are over"}), flush=True)
-            continue
-        print(json.dumps(measure(name, [*shape, *VARIANTS[name]], given.out)), flush=True)
+
+    def one(name: str) -> None:
+        over = time.perf_counter() - start > given.seconds
+        row = {"variant": name, "skipped": f"{given.seconds:.0f} s are over"} if over else measure(name, recipes[name])
+        print(json.dumps(row), flush=True)
+
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(one, given.only))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ def test_a_search_over_degrees_alone_is_one_worker(machine):
     assert workers.count(read, None) == 1
 
 
+@pytest.mark.parametrize(("words", "most"), [([], 2), (["measure.exclusive=window"], 6)])
+def test_runs_under_a_memory_limit_share_a_gpu_only_when_they_measure_in_turn(machine, words, most):
+    machine(2)  # of 80 GB each; a run of this study takes 24 GiB
+    read = settings.read(["study=memory_limit", *words], [])
+    assert workers.count(read, None) == 2 and workers.count(read, 99) == most
+
+
 def test_sharding_over_one_data_rank_is_refused():
     device = environment.Device("cuda", 0, "a card", 80 * 2**30, (9, 0), None, 2)
     words = ["parallelism=mesh", "parallelism.dp=1", "parallelism.tp=2", "model.vocab_size=258"]

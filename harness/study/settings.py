@@ -40,7 +40,7 @@ class Settings:
         time_budget_s: no run starts later than this after the command; None for no limit.
         overrides: the fixed part of every trial's recipe.
         baseline: overrides on top of it for the recipe that `* baseline` refers to; none: the options' defaults.
-        workers: how many processes, one a GPU; None for as many as there are devices.
+        workers: how many processes at most (workers.count); None for as many as there are devices.
         plan_gate: whether a recipe that is predicted to run out of memory is refused; false runs it all the same.
     """
 

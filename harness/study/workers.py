@@ -1,8 +1,9 @@
-"""Several GPUs: one worker process a GPU, sharing the study; never two measurements on one device."""
+"""Several workers sharing a study, as a rule one a GPU; never two measurements on one device at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -23,14 +24,21 @@ PATIENCE_S = 20.0  # for a worker to queue its trial again after Ctrl-C
 
 
 def count(settings: Settings, asked: int | None) -> int:
-    """How many workers a study gets: one a device, and one where a single run may take several devices."""
-    device = settings.device
+    """How many workers a study gets: one a device, and one where a single run may take several devices.
+
+    Asked for more, it gets as many as the device has room for, where runs that measure in turn
+    (measure.exclusive=window) may each take so much memory and no more (measure.memory_limit_gib).
+    """
+    device, measure = settings.device, settings.space.base.config["measure"]
     wide = any(p.key.split(".")[0] == "parallelism" for p in settings.space.parameters) or any(
         t.world_size > 1 for chosen in settings.space.base.techniques.values() for t in chosen
     )
     if device.kind != "cuda" or wide:
         return 1
-    return max(1, min(asked or settings.workers or device.count, device.count))
+    limit, beside = measure["memory_limit_gib"], 1
+    if measure["exclusive"] == "window" and limit is not None:
+        beside = max(1, int(device.memory_bytes // (limit * 2**30)))
+    return max(1, min(asked or settings.workers or device.count, device.count * beside))
 
 
 def gpu_masks(number: int) -> list[str]:
@@ -38,7 +46,8 @@ def gpu_masks(number: int) -> list[str]:
     from dyno.measure.environment import visible
     from dyno.measure.nvml import devices
 
-    return [gpu.uuid() for gpu in visible(devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))[:number]]
+    gpus = visible(devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [gpu.uuid() for gpu, _ in zip(itertools.cycle(gpus), range(number), strict=False)]
 
 
 def run(
