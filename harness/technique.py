@@ -62,7 +62,8 @@ class Footprint:
     `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width; and
     `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
-    Amounts. `master_bytes` a parameter of a wider copy; `boundaries`: block inputs kept instead of the blocks' insides;
+    Amounts. `master_bytes` a parameter of a wider copy; `step_bytes` of the wide copies that the optimizer's step makes of
+    weights and gradients, none of them where there are masters and `one_pass_step`s; `boundaries`: block inputs kept instead of the blocks' insides;
     `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
     step's `host_traffic_bytes` to and from the host and `host_activations`, numbers a token that go there and come back;
     what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
@@ -114,9 +115,11 @@ class Footprint:
     skips_documents: bool = False
     fused: bool = False
     fused_loss: bool = False
+    one_pass_step: bool = False
     kept_losses: float = 0.0
     kept_outputs: float = 0.0
     master_bytes: float = 0.0
+    step_bytes: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0
     extra_bytes: float = 0.0

@@ -1,5 +1,6 @@
 """Weights in bf16: masters that keep small updates, stochastic rounding whose mean is exact, any optimizer inside."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from test_training_techniques import STREAM, WORKLOAD, prepared, steps
 
+from dyno.plan.trace import Allocations
 from dyno.stages import train
 from dyno.techniques.precision import _wide_optimizer
 from dyno.techniques.precision._wide_optimizer import StochasticRounding, WideOptimizer
@@ -44,6 +46,47 @@ def test_draws_are_seeded_and_what_is_not_finite_stays():
     odd = torch.tensor([math.nan, math.inf, -math.inf])
     odd = torch.cat([odd, torch.tensor([-1], dtype=torch.int32).view(torch.float32)])  # a NaN of all ones
     torch.testing.assert_close(one(odd).float(), odd, equal_nan=True)
+
+
+@contextlib.contextmanager
+def allocations(held):
+    """What is allocated beside tensors that are there already."""
+    with Allocations() as seen:
+        for tensor in held:
+            seen.see(tensor, "held")
+        yield seen
+
+
+def test_values_are_rounded_in_pieces_and_take_little_beside_their_result(monkeypatch):
+    monkeypatch.setattr(_wide_optimizer, "PIECE", 1000)
+    x = torch.randn(300, 333)
+    with allocations([x]) as seen:
+        rounded = StochasticRounding(0)(x)
+    assert seen.peak - 4 * x.numel() < 1.1 * 2 * x.numel() + 20 * 1000
+    low, high = torch.nextafter(rounded, torch.tensor(-math.inf)), torch.nextafter(rounded, torch.tensor(math.inf))
+    assert bool((low.float() < x).all()) and bool((x < high.float()).all())
+
+
+@pytest.mark.parametrize(("rounding", "wide"), [(None, 4), (StochasticRounding(0), 8)])
+def test_a_step_makes_the_wide_copies_that_are_planned(rounding, wide, monkeypatch):
+    """Of one chunk at a time: its gradients in fp32, and where no masters stay its weights."""
+    monkeypatch.setattr(_wide_optimizer, "CHUNK", 2**16)
+    monkeypatch.setattr(_wide_optimizer, "PIECE", 2**10)
+    model = torch.nn.Sequential(torch.nn.Embedding(1000, 128), *(torch.nn.Linear(128, 128) for _ in range(10))).to(BF16)
+    optimizer = WideOptimizer(model, 1e-3, lambda m, lr: torch.optim.AdamW(m.parameters(), lr, fused=True), rounding)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters())]
+    for _, w in (pair for chunk in optimizer.chunks for pair in chunk):
+        w.untyped_storage().resize_(4 * w.numel())  # where no masters stay the step resizes it, which nothing sees
+        held.append(w)
+    with allocations([*held, *(v for state in optimizer.state.values() for v in state.values())]) as seen:
+        before = seen.now
+        optimizer.step()
+    together = max(p.numel() for p in model.parameters())
+    unseen = 0 if rounding is None else 4
+    assert together > 2**16 and (seen.peak - before) / together + unseen == pytest.approx(wide, rel=0.1)
 
 
 def sgd(model, lr):

@@ -50,6 +50,9 @@ class SinglePassAdamW(Technique):
             return "the norm for clipping is taken on one rank; take optimizer=adamw with a layout of several"
         return None
 
+    def footprint(self, shape: Shape, device: Device) -> Footprint:
+        return Footprint(one_pass_step=True)
+
     def apply(self, run: Run) -> None:
         from dyno.techniques.optimizer._single_pass import SinglePassAdamW as Optimizer
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dyno.techniques.optimizer._local import local
+from dyno.techniques.precision.bf16_weights import CHUNK
 
-CHUNK = 2**26  # parameters whose fp32 copies of weight and gradient exist at once during a step
+PIECE = 2**23  # values that are rounded at once: their noise and its sum take 13 bytes each
 
 
 class WideOptimizer(torch.optim.Optimizer):
@@ -120,6 +121,9 @@ class StochasticRounding:
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
         generator = self.generators[x.device]
-        noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-        rounded = ((x.view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
-        return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+        out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+        for values, to in zip(x.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+            bits = torch.randint(2**16, values.shape, generator=generator, dtype=torch.int32, device=x.device)
+            bits.add_(values.view(torch.int32)).bitwise_and_(~0xFFFF)
+            to.copy_(torch.where(values.isfinite(), bits.view(torch.float32), values))
+        return out

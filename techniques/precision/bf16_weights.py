@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from dyno.recipe import Recipe
 
 
+CHUNK = 2**26  # parameters whose fp32 copies of weight and gradient exist at once during a step
+
+
+def stepped_together(shape: Shape) -> float:
+    """Parameters whose wide copies exist at once: a chunk's, or those of the largest tensor, which is not cut."""
+    return min(float(shape.parameters), max(float(CHUNK), float(shape.vocab * shape.hidden)))
+
+
 @dataclass
 class Bf16Master(Technique):
     """Weights, gradients and activations in bf16; the optimizer steps on fp32 master weights and rounds them.
@@ -30,7 +38,7 @@ class Bf16Master(Technique):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
-            master_bytes=4.0,
+            master_bytes=4.0, step_bytes=4.0 * stepped_together(shape),
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:
@@ -64,8 +72,9 @@ class Bf16Stochastic(Bf16Master):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(
-            weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16"
-        )
+            weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
+            step_bytes=8.0 * stepped_together(shape),
+        )  # fmt: skip
 
     def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:
         from dyno.techniques.precision._wide_optimizer import StochasticRounding

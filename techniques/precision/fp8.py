@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape, Technique
+from dyno.techniques.precision.bf16_weights import stepped_together
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -52,6 +53,7 @@ class FP8(Technique):
         return Footprint(
             parameter_bytes=2.0 if sixteen else None,
             master_bytes=4.0 if sixteen else 0.0,
+            step_bytes=4.0 * stepped_together(shape) if sixteen else 0.0,
             activation_width=2.0,
             activation_factor=1 - spared,
             matmul_dtype="fp8",
