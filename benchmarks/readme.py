@@ -6,6 +6,8 @@ Text between the markers `<!-- NAME -->` and `<!-- /NAME -->` is generated; noth
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import layouts
@@ -44,38 +46,49 @@ def study_table(where: Path) -> list[str]:
     return lines
 
 
-LAYOUTS = ("160m", "160m_128k", "1b")  # groups of the layouts that are shown
+LAYOUTS = ("160m", "160m_128k", "1b", "1b_32k", "deep")  # groups of the layouts that are shown
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
+    "transformers liger": "transformers + liger-kernel, bf16 autocast",
 }
 LAST = 20  # steps whose mean loss is told
 
 
-def peer_table(path: Path) -> list[str]:
-    """Our 1B training steps beside transformers with torch.compile: same weights, batches and GPU, one after the other."""
-    rows = {row["variant"]: row for row in map(json.loads, path.read_text().splitlines())}
-    ours, narrow, peer = (rows[name] for name in PEERS)
+def peer_table(*paths: Path) -> list[str]:
+    """Our training steps beside those of transformers: same weights, batches and GPU, one after the other."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    first = rows[0]
     lines = [
         "",
-        f"Training `model=1b` for {ours['steps']} steps at {ours['batch']} x {ours['seq']} tokens, the same weights and "
-        f"batches on the same GPU (one seed; loss: mean of the last {LAST} steps): "
-        f"{peer['step_time_s'] / ours['step_time_s']:.2f}x, with fp8 {peer['step_time_s'] / narrow['step_time_s']:.2f}x. "
-        "Ours compile with CUDA graphs, cuDNN attention, the fused loss and single-pass AdamW.",
+        f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
+        f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps. Ours compile with CUDA graphs, cuDNN "
+        "attention, the fused loss and single-pass AdamW.",
         "",
-        "| | tokens/s | model FLOP/s | peak memory | loss |",
-        "|---|---|---|---|---|",
+        "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, label in PEERS.items():
-        row = rows[name]
-        loss = sum(row["losses"][-LAST:]) / LAST
-        peak = min(row["peak_memory_bytes"], row["reserved_memory_bytes"])  # graphs: what left a pool counts twice
-        lines.append(
-            f"| {label} | {si(row['tokens_per_s'])} | {row['model_flop_per_s'] / 1e12:.0f} T | "
-            f"{si(peak, 'B')} | {loss:.3f} |"
-        )
+    for model, gpu in dict.fromkeys((row["model"], row["gpu"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["gpu"]) == (model, gpu)]
+        rates = {name: mean(row["tokens_per_s"] for row in mine if row["variant"] == name) for name in PEERS}
+        for name, label in PEERS.items():
+            some = [row for row in mine if row["variant"] == name]
+            if not some:
+                continue
+            loss = mean(sum(row["losses"][-LAST:]) / LAST for row in some)
+            peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in some)  # graphs count twice
+            lines.append(
+                f"| {model}, {gpu.split()[1]} | {label} | {', '.join(str(row['seed']) for row in some)} | "
+                f"{si(rates[name])} | {rates[name] / rates['transformers compile']:.2f}x | "
+                f"{mean(row['model_flop_per_s'] for row in some) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
+            )
     return lines
+
+
+def mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else math.nan
 
 
 def layouts_table(where: Path) -> list[str]:
@@ -83,12 +96,13 @@ def layouts_table(where: Path) -> list[str]:
     cells = layouts.read(where)
     shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
     rows = {key: layouts.row_of(key, r, cells.get(layouts.reference(key))) for key, r in shown}
+    gpu = shown[0][1]["fingerprint"]["device"].split()[1]
     bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
     lines = [
         "",
-        "Layouts of two H100 through NCCL, bf16, eager (all-reduce: "
-        f"{bus[len(bus) // 2] / 1e9:.0f} GB/s bus bandwidth). Loss: the largest difference "
-        "to one GPU's over ten steps.",
+        f"Layouts of two {gpu} through NCCL, bf16, eager (all-reduce: {bus[len(bus) // 2] / 1e9:.0f} GB/s bus "
+        "bandwidth). Loss: the largest difference to one GPU's, over ten steps or, of weights rounded at random, in the "
+        "first.",
         "",
         "| model and tokens | layout | tokens/s | peak memory a GPU | exposed messages | loss |",
         "|---|---|---|---|---|---|",
@@ -99,35 +113,90 @@ def layouts_table(where: Path) -> list[str]:
         lines.append(
             f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
             f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else format(row['loss_apart'], '.4f')} |"
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else format(row['loss_apart'], '.3%')} |"
         )
     return lines
 
 
-def checkpointing_table(where: Path) -> list[str]:
-    """Ways of checkpointing on the 1b shape, against keeping everything, eager and compiled apart."""
-    records = [r for r in read_records(where) if r["status"] == "ok"]
+def checkpointing_table(*places: Path) -> list[str]:
+    """Ways of checkpointing on the 1b shape, against keeping everything, eager and compiled apart; times on one GPU."""
+    records = [r for where in places for r in read_records(where) if r["status"] == "ok"]
     records.sort(key=lambda r: r["created"])
     first = records[0]["config"]["workload"]
     lines = [
         "",
-        f"Checkpointing on `model=1b` at {first['batch']} x {first['seq']} tokens in bf16 on one H100, against none:",
+        f"Checkpointing on `model=1b` at {first['batch']} x {first['seq']} tokens in bf16, against none (the time where both ran "
+        "on one kind of GPU):",
         "",
-        "| checkpointing | compile | activations | peak memory | recomputed | step |",
+        "| checkpointing | compile | activations | peak memory | recomputed | step | GPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = {r["choices"]["compile"]: r for r in records if r["choices"]["checkpointing"] == r["choices"]["offload"] == "none"}
+    for record in records:
+        metrics, choices = record["metrics"], record["choices"]
+        base = plain[choices["compile"]]
+        ratios = {n: metrics[n]["value"] / base["metrics"][n]["value"] - 1 for n in ("activation_bytes", "step_time_s")}
+        device, window = record["fingerprint"]["device"], record["windows"]["train"]
+        added = f" ({ratios['step_time_s']:+.0%})" if device == base["fingerprint"]["device"] else ""
+        knob = record["config"]["checkpointing"].get("budget")
+        name = f"{choices['checkpointing']} {knob}" if knob else choices["checkpointing"]
+        lines.append(
+            f"| {name if choices['offload'] == 'none' else 'offload=' + choices['offload']} | {choices['compile']} | "
+            f"{cell(metrics['activation_bytes'])} ({ratios['activation_bytes']:+.0%}) | {cell(metrics['peak_memory_bytes'])} | "
+            f"{metrics['recomputed_flops']['value'] / (window['flops'] / window['steps']):+.0%} FLOPs | "
+            f"{cell(metrics['step_time_s'])}{added} | {device.split()[1]} |"
+        )
+    return lines
+
+
+def gate_table(gated: Path, ungated: Path) -> list[str]:
+    """One study within as many seconds, with the plan's gate and without it."""
+    lines = [
+        "",
+        "`dyno tune study=memory_limit`, the fastest step of `model=1b` in 24 GiB of an H200, three runs side by side, both "
+        "within 125 s. The run that the gate let into its limit is one that the plan now refuses: the allocator had the memory "
+        "in pieces.",
+        "",
+        "| | refused before a run | ran | out of memory in a run | best |",
+        "|---|---|---|---|---|",
+    ]
+    for label, where in (("the plan refuses", gated), ("everything runs", ungated)):
+        records = list(read_records(where))
+        refused = [r for r in records if (r["reason"] or "").startswith("predicted")]
+        ran, full = ([r for r in records if r["status"] == status] for status in ("ok", "out_of_memory"))
+        best = max(ran, key=lambda r: r["metrics"]["tokens_per_s"]["value"])
+        lines.append(
+            f"| {label} | {len(refused)} | {len(ran)} | {len(full) - len(refused)} | "
+            f"{cell(best['metrics']['tokens_per_s'])} by {told(best)} |"
+        )
+    return lines
+
+
+def told(record: dict) -> str:
+    """The options and the batch of a run."""
+    options = [f"{a}={record['choices'][a]}" for a in ("precision", "checkpointing", "compile", "offload")]
+    return f"`{' '.join(options)} workload.batch={record['config']['workload']['batch']}`"
+
+
+def layout_studies(*places: Path) -> list[str]:
+    """What `dyno tune study=layout` measured, each model's fastest first."""
+    lines = [
+        "",
+        "`dyno tune study=layout` on two H200, stopped after 95 s (1b) and 165 s (8b, random rounding):",
+        "",
+        "| model | layout | checkpointing | batch | tokens/s | peak memory a GPU |",
         "|---|---|---|---|---|---|",
     ]
-    plain = {r["choices"]["compile"]: r["metrics"] for r in records if r["choices"]["checkpointing"] == "none"}
-    for record in records:
-        metrics, kind = record["metrics"], record["choices"]["compile"]
-        values = {n: metrics[n]["value"] for n in ("activation_bytes", "recomputed_flops", "step_time_s")}
-        base = {n: plain[kind][n]["value"] for n in values}
-        window = record["windows"]["train"]
-        lines.append(
-            f"| {record['choices']['checkpointing']} | {kind} | {cell(metrics['activation_bytes'])} "
-            f"({values['activation_bytes'] / base['activation_bytes'] - 1:+.0%}) | {cell(metrics['peak_memory_bytes'])} | "
-            f"{values['recomputed_flops'] / (window['flops'] / window['steps']):+.0%} FLOPs | {cell(metrics['step_time_s'])} "
-            f"({values['step_time_s'] / base['step_time_s'] - 1:+.0%}) |"
-        )
+    for where in places:
+        records = [r for r in read_records(where) if r["status"] == "ok"]
+        for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"]):
+            knobs = record["config"]["parallelism"]
+            degrees = [f"{n}={knobs[n]}" for n in ("dp", "tp", "pp", "cp", "zero") if knobs[n] not in (0, 1) or n == "dp"]
+            lines.append(
+                f"| {record['choices']['model']} | {' '.join(degrees)} | {record['choices']['checkpointing']} | "
+                f"{record['config']['workload']['batch']} | {cell(record['metrics']['tokens_per_s'])} | "
+                f"{cell(record['metrics']['peak_memory_bytes'])} |"
+            )
     return lines
 
 
@@ -212,7 +281,7 @@ def meter_lines(path: Path) -> list[str]:
     ]
 
 
-def planner_table(study: Path, drawn: Path, published: Path, served: Path, split: Path) -> list[str]:
+def planner_table(study: Path, drawn: list[Path], published: Path, served: Path, split: list[Path]) -> list[str]:
     """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
     records = [r for r in read_records(study) if r["status"] == "ok"]
     lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
@@ -229,20 +298,19 @@ def planner_table(study: Path, drawn: Path, published: Path, served: Path, split
                 f"{name} of the study above, {label}",
                 [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
             )
-    random = json.loads(drawn.read_text())
-    for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
-        found = random[metric][which]
-        lines.append(
-            f"| {name} of random recipes, {which.replace('_', ' ')}, held out of {random['runs']} | {found['runs']} | "
-            f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
-        )
-    layouts = json.loads(split.read_text())
-    for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
-        found = layouts[name]
-        lines.append(
-            f"| {label} of layouts on two GPUs, host costs fitted to these | {found['runs']} | {found['median']:.1%} | "
-            f"{found['worst']:.1%} |"
-        )
+    for random in (json.loads(path.read_text()) for path in drawn):
+        for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
+            found, device = random[metric][which], random["device"].split()[1]
+            lines.append(
+                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
+                f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+            )
+    for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
+        for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
+            found = json.loads(path.read_text())[name]
+            lines.append(
+                f"| {label} of layouts on two {fitted} | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+            )
     found = json.loads(published.read_text())["held_out"]
     lines.append(
         f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
@@ -262,18 +330,22 @@ def main() -> None:
     blocks = {
         "figures": [
             *study_table(reference / "quickstart-160m"),
-            *peer_table(reference / "training_peers.jsonl"),
-            *checkpointing_table(reference / "checkpointing"),
+            *peer_table(*(reference.parent / gpu / "training_peers.jsonl" for gpu in ("h100", "h200"))),
+            *checkpointing_table(*(reference.parent / gpu / "checkpointing" for gpu in ("h100", "h200"))),
+            *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
             *layouts_table(reference.parent / "h100-x2" / "layouts"),
+            *layouts_table(reference.parent / "h200-x2" / "layouts"),
+            *layout_studies(*(reference.parent / "h200-x2" / name for name in ("layout-1b", "layout-8b"))),
             *split_decode_table(reference.parent / "h100-x2" / "decode-8b"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
         "planner": planner_table(
             reference / "quickstart-160m",
-            planner / "random_recipes.json",
-            *(planner / name for name in ("published_runs.json", "serving.json", "layouts.json")),
+            [planner / f"random_recipes_{gpu}.json" for gpu in ("h100", "h200")],
+            *(planner / name for name in ("published_runs.json", "serving.json")),
+            [planner / f"layouts_{gpu}.json" for gpu in ("h100", "h200")],
         ),
     }
     path = ROOT / "README.md"

@@ -58,14 +58,16 @@ class Footprint:
     `activation_factor` the share of a block's inside that the forward pass keeps, `logits_factor` the same of the logits,
     `head_factor` whether this rank has the head (pipeline), `in_flight` the micro-batches whose activations it keeps at once,
     `host_factor` the host's time in an eager step. `logits_rows`: tokens whose logits are in memory, where not all;
-    `loss_copies` of them, in fp32, at the loss's fullest moment, where not 3; beside them, of other micro-batches,
+    `loss_copies` of them, in fp32, at the loss's fullest moment, where not 3, and `loss_passes` over them, of an
+    activation's width, in all of the loss, where it is not PyTorch's; beside them, of other micro-batches,
     `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width; and
     `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
-    Amounts. `master_bytes` a parameter of a wider copy; `step_bytes` of the wide copies that the optimizer's step makes of
-    weights and gradients, none of them where there are masters and `one_pass_step`s; `boundaries`: block inputs kept instead of the blocks' insides;
+    Amounts. `master_bytes` a parameter of a wider copy; of the wide copies that the optimizer's step makes of weights and
+    gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
+    `one_pass_step`; `boundaries`: block inputs kept instead of the blocks' insides;
     `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
-    step's `host_traffic_bytes` to and from the host and `host_activations`, numbers a token that go there and come back;
+    step's `host_traffic_bytes` to and from the host, `host_updates`, parameters that the host steps, and `host_activations`, numbers a token that go there and come back;
     what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
     width, and `wire_bytes`), of that what the device stands still for (`waited_activations`, `waited_bytes`); `host_s`,
     seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which
@@ -90,6 +92,7 @@ class Footprint:
     attention_rate: float | None = None
     logits_rows: float | None = None
     loss_copies: float | None = None
+    loss_passes: float | None = None
     linear_factor: float = 1.0
     parameter_factor: float = 1.0
     gradient_factor: float = 1.0
@@ -120,11 +123,13 @@ class Footprint:
     kept_outputs: float = 0.0
     master_bytes: float = 0.0
     step_bytes: float = 0.0
+    step_traffic: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
     host_traffic_bytes: float = 0.0
+    host_updates: float = 0.0
     host_activations: float = 0.0
     wire_weights: float = 0.0
     wire_activations: float = 0.0

@@ -53,9 +53,9 @@ def test_strong_cells_keep_the_batch_and_weak_ones_the_rows_a_gpu():
     }  # fmt: skip
 
 
-def record(losses: list[float], ranks: int, rate: float) -> dict:
+def record(losses: list[float], ranks: int, rate: float, precision: str = "bf16") -> dict:
     return {
-        "status": "ok", "reason": None, "ranks": [{}] * ranks if ranks > 1 else [],
+        "choices": {"precision": precision}, "status": "ok", "reason": None, "ranks": [{}] * ranks if ranks > 1 else [],
         "metrics": {"tokens_per_s": {"value": rate}}, "details": {"train": {"first_losses": losses}},
     }  # fmt: skip
 
@@ -64,7 +64,9 @@ def test_a_row_is_a_gpus_share_and_its_losses_are_held_to_one_gpu():
     one, two = record([3.0, 2.5, 2.0], 1, 100.0), record([3.001, 2.47], 2, 180.0)
     row = layouts.row_of("160m/ddp", two, one)
     assert row["gpus"] == 2 and row["tokens_per_s_per_gpu"] == 90 and row["mfu"] is None
-    assert row["loss_apart"] == pytest.approx(0.03)
+    assert row["loss_apart"] == pytest.approx(0.03 / 2.5)
+    rounded = [record(r["details"]["train"]["first_losses"], 2, 1.0, "bf16_stochastic") for r in (two, one)]
+    assert layouts.row_of("deep/ddp", *rounded)["loss_apart"] == pytest.approx(0.001 / 3)  # only before a step
     assert layouts.row_of("160m/weak1", one, two)["loss_apart"] is None  # it took another batch
-    failed = {"status": "crashed", "reason": "rank 1", "ranks": [], "metrics": {}, "details": {}}
+    failed = {"choices": one["choices"], "status": "crashed", "reason": "rank 1", "ranks": [], "metrics": {}, "details": {}}
     assert layouts.row_of("160m/ddp", failed, one)["loss_apart"] is None

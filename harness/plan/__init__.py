@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
 CONTEXT_BYTES = 1.3e9  # what NVML shows beside the allocator's: a CUDA context, its libraries, the driver
-SLACK = 1.03  # fragmentation: an allocator reserves more than it has given out
+SLACK = 0.03  # of the peak, at least, that an allocator has reserved and cannot give out
 UNCALIBRATED = {"memory": {False: 0.1, True: 0.3}, "time": {False: 0.5, True: 0.4}}  # relative; eager, compiled
 
 
@@ -32,6 +32,7 @@ class Plan:
 
     `terms` are bytes by phase; `time_terms` seconds of a step, each as if alone, empty where no ceiling is known. Bands
     are relative errors that 19 of 20 predictions stay within, from calibration or, `uncalibrated`, a wide guess.
+    `largest_block_bytes` is that of the largest tensor that comes and goes.
     """
 
     shape: Shape | None
@@ -44,6 +45,7 @@ class Plan:
     bubble: float = 0.0
     ranks: int = 1
     machine: Machine | None = None
+    largest_block_bytes: float = 0.0
     memory_band: float = 0.0
     time_band: float = 0.0
     calibrated: bool = False
@@ -63,8 +65,13 @@ class Plan:
 
     @property
     def needed_bytes(self) -> float:
-        """What the device must have: the peak, the allocator's slack, the context."""
-        return self.peak_memory_bytes * SLACK + (CONTEXT_BYTES if self.device.kind == "cuda" else 0.0)
+        """What the device must have: the peak, the context, and what the allocator has and cannot give out.
+
+        The latter can be the largest block: once a small tensor has a part of it, it is of no use for its like.
+        """
+        if self.device.kind != "cuda":
+            return self.peak_memory_bytes * (1 + SLACK)
+        return self.peak_memory_bytes + max(SLACK * self.peak_memory_bytes, self.largest_block_bytes) + CONTEXT_BYTES
 
     @property
     def step_s(self) -> float | None:
@@ -193,6 +200,7 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     kind = "compiled" if share.fused else "eager"
     fits = {what: getattr(found, what).get(kind) if found else None for what in ("memory", "time")}
     plan.terms = corrected_memory(memory.fullest(shape, prints, device.kind), fits["memory"])
+    plan.largest_block_bytes = max(memory.logits_bytes(shape, print_) for print_ in prints)
     if plan.machine:
         terms = time.slowest(shape, prints, plan.machine, device.kind)
         plan.time_terms = corrected_time(terms, fits["time"])

@@ -28,6 +28,7 @@ FOR_TIME = {
     "optimizer": "larger batches: the optimizer's step costs the same for any",
     "host": "larger micro-batches or compile: the host launches small kernels more slowly than the device ends them",
     "fixed": "larger batches",
+    "host update": "offload=none with a smaller state (optimizer), or larger batches",
     "wire": "more compute a rank, or a layout that sends less",
     "waited": "fewer tensor or context ranks: nothing hides what these send",
     "offload": "larger batches, or less on the host",

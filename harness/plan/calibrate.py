@@ -37,7 +37,7 @@ from dyno.technique import of_ranks
 FOLDS = 3
 DRAWS = (0.05, 0.2, 0.8)  # how strongly coefficients are drawn to 1, see `fit.coefficients`
 FEWEST = 8  # runs of a kind before anything is fitted
-TIME_TERMS = (*time.DEVICE, "host", "fixed", "wire", "waited", "offload")
+TIME_TERMS = (*time.DEVICE, "host", "fixed", "wire", "waited", "offload", "host update")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def fit_time(samples: list[Sample], draw: float) -> Fit:
             now = corrected_time(sample.seconds, fit)
             device = sum(now[n] for n in time.DEVICE)
             bound = max((device, time.DEVICE), (now["host"], ("host",)), (now["offload"], ("offload",)))[1]
-            used = {*bound, "fixed", "wire", "waited"}
+            used = {*bound, "fixed", "wire", "waited", "host update"}
             wire = (1 - time.OVERLAP) if sample.seconds["wire"] else 0.0
             rows.append(
                 [(wire if n == "wire" else 1.0) * sample.seconds[n] / (1 - sample.bubble) * (n in used)

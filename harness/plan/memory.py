@@ -87,6 +87,18 @@ def masked(print_: Footprint) -> bool:
     return print_.document_mask and not print_.skips_documents
 
 
+def logits_of(shape: Shape, print_: Footprint) -> float:
+    """Logits that are in memory at once."""
+    tokens = shape.batch * shape.seq * print_.batch_factor
+    rows = tokens if print_.logits_rows is None else min(tokens, print_.logits_rows)
+    return rows * shape.vocab * print_.width_factor * print_.logits_factor * print_.head_factor
+
+
+def logits_bytes(shape: Shape, print_: Footprint) -> float:
+    """The largest tensor of theirs: in fp32, or of an activation's width where nothing else is made of them."""
+    return (activation_width(print_) if print_.fused_loss else FP32) * logits_of(shape, print_)
+
+
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     """Phases of a training step: each a table of terms, in bytes. `print_` is all techniques' combined share."""
     w = activation_width(print_)
@@ -129,8 +141,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     recomputed = print_.recompute_blocks * inside
     cast_kept = 0.0 if not cast else w * segment * one if checkpointed else cast - w * head
 
-    rows = tokens if print_.logits_rows is None else min(tokens, print_.logits_rows)
-    logits = rows * shape.vocab * print_.width_factor * print_.logits_factor * print_.head_factor
+    logits = logits_of(shape, print_)
     # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
     loss_bytes = FP32 * (3.0 if print_.loss_copies is None else print_.loss_copies)
     logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), loss_bytes)

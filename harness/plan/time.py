@@ -1,8 +1,8 @@
 """The time of a training step, term by term, from a machine's ceilings: arithmetic only.
 
 A step takes as long as the slowest of the device, which works through products, attention and passes over memory and
-waits for what no work hides on the wire; the host, which launches them; and the host's link. A pipeline's idle share
-comes on top. Letters are those of `dyno.plan.memory`.
+waits for what no work hides on the wire; the host, which launches them; and the host's link. An optimizer on the host
+steps when all of that is done, and a pipeline's idle share comes on top. Letters are those of `dyno.plan.memory`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
-LAUNCH_S = {False: 20e-6, True: 4e-6}  # of host time a kernel: Python eager, a generated wrapper compiled
+# Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
+# us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
+LAUNCH_S = {False: 20e-6, True: 30e-6}
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
@@ -28,6 +30,9 @@ EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile'
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
 OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
+
+HOST_ADAM = 28 / 1e11  # s a parameter: 28 bytes of weight, moments and gradient, by a server's memory (H100 hosts: 0.27 ns)
+TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (four H100 and H200 records)
 
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
 
@@ -82,7 +87,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
     unfused = keeps_scores(shape, print_)
     if unfused:
-        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else machine.matmul["fp32"])
+        wide = TF32_SCORES * flop_per_s if dtype == "tf32" else machine.matmul["fp32"]
+        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else max(wide, machine.matmul["fp32"]))
         attention = whole * (3 + again)
         scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
     else:
@@ -104,6 +110,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
     elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
+    logit = logit if print_.loss_passes is None else w * print_.loss_passes
     loss = micro * tokens * vocab * logit / machine.memory * print_.head_factor
 
     split = print_.layer_factor * tensor
@@ -114,6 +121,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     weights *= (2 * (stored + w) if w < stored else 0.0) + (3 * gradient if micro > 1 else 0.0)
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
+    moved += 0.0 if print_.master_bytes and print_.one_pass_step else print_.step_traffic
     optimizer = mine * moved / machine.memory
 
     kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
@@ -135,7 +143,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited / per_s,
-        "offload": link / machine.host_bytes_per_s,
+        "offload": link / machine.host_bytes_per_s, "host update": HOST_ADAM * print_.host_updates,
     }  # fmt: skip
 
 
@@ -149,4 +157,4 @@ def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:
     device = sum(terms[name] for name in DEVICE)
     exposed = max(terms["wire"] - OVERLAP * device, (1 - OVERLAP) * terms["wire"])
     busy = max(device + terms["waited"] + exposed, terms["host"], terms["offload"])  # a late host gives the wire time
-    return (busy + terms["fixed"]) / (1 - min(bubble, 0.99))
+    return (busy + terms["fixed"] + terms["host update"]) / (1 - min(bubble, 0.99))

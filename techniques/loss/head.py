@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dyno.recipe import Recipe
 
 
+LOSS_PASSES = 6.0  # over a chunk's logits and their gradients, beside the products (two H100 and two H200 records)
+
+
 @dataclass
 class Chunked(Technique):
     """Logits of `rows` tokens at a time, thrown away after their loss and made again in the backward pass.
@@ -61,8 +64,9 @@ class Fused(Chunked):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """No fp32 copies of the logits: a third of their bytes at most. The head's gradient waits in fp32."""
         return Footprint(
-            logits_rows=max(0.0, self.rows), logits_factor=1 / 3, extra_bytes=4.0 * shape.vocab * shape.hidden
-        )
+            logits_rows=max(0.0, self.rows), logits_factor=1 / 3, extra_bytes=4.0 * shape.vocab * shape.hidden,
+            loss_passes=LOSS_PASSES,
+        )  # fmt: skip
 
     def apply(self, run: Run) -> None:
         from dyno.kernels.linear_cross_entropy import fused_loss

@@ -63,6 +63,7 @@ class HostOptimizer(Offload):
             extra_bytes=self.chunk_mib * 2.0**20,
             host_bytes=(STATE + GRADIENT) * shape.parameters,
             host_traffic_bytes=2 * GRADIENT * shape.parameters,
+            host_updates=float(shape.parameters),
         )
 
     def apply(self, run: Run) -> None:

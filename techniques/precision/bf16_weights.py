@@ -38,7 +38,7 @@ class Bf16Master(Technique):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
-            master_bytes=4.0, step_bytes=4.0 * stepped_together(shape),
+            master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0,
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:
@@ -73,7 +73,7 @@ class Bf16Stochastic(Bf16Master):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
-            step_bytes=8.0 * stepped_together(shape),
+            step_bytes=8.0 * stepped_together(shape), step_traffic=60.0,  # 48 of them by the rounding
         )  # fmt: skip
 
     def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:

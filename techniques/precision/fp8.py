@@ -54,6 +54,7 @@ class FP8(Technique):
             parameter_bytes=2.0 if sixteen else None,
             master_bytes=4.0 if sixteen else 0.0,
             step_bytes=4.0 * stepped_together(shape) if sixteen else 0.0,
+            step_traffic=12.0 if sixteen else 0.0,
             activation_width=2.0,
             activation_factor=1 - spared,
             matmul_dtype="fp8",
