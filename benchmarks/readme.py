@@ -77,7 +77,9 @@ def peer_table(*paths: Path) -> list[str]:
             if not some:
                 continue
             loss = mean(sum(row["losses"][-LAST:]) / LAST for row in some)
-            peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in some)  # graphs count twice
+            peak = max(
+                min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in some
+            )  # graphs count twice
             lines.append(
                 f"| {model}, {gpu.split()[1]} | {label} | {', '.join(str(row['seed']) for row in some)} | "
                 f"{si(rates[name])} | {rates[name] / rates['transformers compile']:.2f}x | "
@@ -131,7 +133,11 @@ def checkpointing_table(*places: Path) -> list[str]:
         "| checkpointing | compile | activations | peak memory | recomputed | step | GPU |",
         "|---|---|---|---|---|---|---|",
     ]
-    plain = {r["choices"]["compile"]: r for r in records if r["choices"]["checkpointing"] == r["choices"]["offload"] == "none"}
+    plain = {
+        r["choices"]["compile"]: r
+        for r in records
+        if r["choices"]["checkpointing"] == r["choices"]["offload"] == "none"
+    }
     for record in records:
         metrics, choices = record["metrics"], record["choices"]
         base = plain[choices["compile"]]
@@ -191,7 +197,9 @@ def layout_studies(*places: Path) -> list[str]:
         records = [r for r in read_records(where) if r["status"] == "ok"]
         for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"]):
             knobs = record["config"]["parallelism"]
-            degrees = [f"{n}={knobs[n]}" for n in ("dp", "tp", "pp", "cp", "zero") if knobs[n] not in (0, 1) or n == "dp"]
+            degrees = [
+                f"{n}={knobs[n]}" for n in ("dp", "tp", "pp", "cp", "zero") if knobs[n] not in (0, 1) or n == "dp"
+            ]
             lines.append(
                 f"| {record['choices']['model']} | {' '.join(degrees)} | {record['choices']['checkpointing']} | "
                 f"{record['config']['workload']['batch']} | {cell(record['metrics']['tokens_per_s'])} | "

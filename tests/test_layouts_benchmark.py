@@ -68,5 +68,12 @@ def test_a_row_is_a_gpus_share_and_its_losses_are_held_to_one_gpu():
     rounded = [record(r["details"]["train"]["first_losses"], 2, 1.0, "bf16_stochastic") for r in (two, one)]
     assert layouts.row_of("deep/ddp", *rounded)["loss_apart"] == pytest.approx(0.001 / 3)  # only before a step
     assert layouts.row_of("160m/weak1", one, two)["loss_apart"] is None  # it took another batch
-    failed = {"choices": one["choices"], "status": "crashed", "reason": "rank 1", "ranks": [], "metrics": {}, "details": {}}
+    failed = {
+        "choices": one["choices"],
+        "status": "crashed",
+        "reason": "rank 1",
+        "ranks": [],
+        "metrics": {},
+        "details": {},
+    }
     assert layouts.row_of("160m/ddp", failed, one)["loss_apart"] is None

@@ -69,7 +69,9 @@ def test_what_ran_out_of_memory_under_a_limit_would_have_been_refused_and_what_r
     """32 runs of a study of 1b under 24 GiB, half of them with the gate open: no miss either way."""
     h200 = Device("cuda", 0, "NVIDIA H200", 150754820096, (9, 0), None, 1)
     ends = {"ok": 0, "out_of_memory": 0}
-    for record in (r for name in ("memory_limit", "memory_limit_ungated") for r in read_records(RECORDS / "h200" / name)):
+    for record in (
+        r for name in ("memory_limit", "memory_limit_ungated") for r in read_records(RECORDS / "h200" / name)
+    ):
         if record["status"] not in ends or (record["reason"] or "").startswith("predicted"):
             continue
         verdict = predict(Recipe(record["config"], record["choices"]), h200).verdict()

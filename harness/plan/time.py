@@ -31,7 +31,9 @@ ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many key
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
 OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
 
-HOST_ADAM = 28 / 1e11  # s a parameter: 28 bytes of weight, moments and gradient, by a server's memory (H100 hosts: 0.27 ns)
+HOST_ADAM = (
+    28 / 1e11
+)  # s a parameter: 28 bytes of weight, moments and gradient, by a server's memory (H100 hosts: 0.27 ns)
 TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (four H100 and H200 records)
 
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
@@ -88,7 +90,9 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     unfused = keeps_scores(shape, print_)
     if unfused:
         wide = TF32_SCORES * flop_per_s if dtype == "tf32" else machine.matmul["fp32"]
-        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else max(wide, machine.matmul["fp32"]))
+        whole = (
+            4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else max(wide, machine.matmul["fp32"]))
+        )
         attention = whole * (3 + again)
         scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
     else:

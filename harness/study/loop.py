@@ -11,7 +11,7 @@ from typing import Any
 from dyno import runner
 from dyno.errors import UserError
 from dyno.recipe import Recipe, digest
-from dyno.study import show
+from dyno.study import foresight, show
 from dyno.study.interrupts import Interrupts
 from dyno.study.session import Session, summary_of
 
@@ -51,6 +51,7 @@ class Loop:
         session = self.session
         with _quiet(), self.interrupts.noted():
             self.baseline()
+            self.foresee()
             while True:
                 with self.gate():
                     self.interrupts.check()
@@ -89,7 +90,7 @@ class Loop:
             recipe = settings.recipe(settings.baseline)
             point = settings.space.locate(recipe)
             if point is not None:
-                session.queue_baseline(point)
+                session.queue(point)
             result = self.result(recipe)
             entry = {"hash": recipe.hash, "overrides": recipe.overrides, "result": result}
             session.study.set_user_attr("baseline", entry)
@@ -97,6 +98,19 @@ class Loop:
             for constraint in settings.goals.constraints:
                 if constraint.bound(session.baseline_metrics) is None:
                     self.say(f"constraint '{constraint.text}' is not applied: the baseline has no {constraint.metric}")
+
+    def foresee(self) -> None:
+        """Queue what the plan finds best, inside the gate, once a study."""
+        session = self.session
+        if session.foreseen or not session.settings.plan_first:
+            return
+        with self.gate():
+            if session.foreseen:
+                return
+            points = foresight.best(session.settings, self.progress)
+            session.queue_foreseen(points)
+            if points:
+                self.say(f"the plan's best {len(points)} of the recipes that it was asked about come first")
 
     def objective(self, trial: Any) -> list[float]:
         """One trial, for study.optimize. Enters with the gate held and opens it once the recipe is claimed."""

@@ -230,7 +230,17 @@ class Session:
             if point is not None:
                 self.study.enqueue_trial(point)
 
-    def queue_baseline(self, point: dict[str, Any]) -> None:
+    @property
+    def foreseen(self) -> bool:
+        """Whether the plan's best were queued already."""
+        return bool(self.study.user_attrs.get("foreseen"))
+
+    def queue_foreseen(self, points: list[dict[str, Any]]) -> None:
+        for point in points:
+            self.queue(point)
+        self.study.set_user_attr("foreseen", True)
+
+    def queue(self, point: dict[str, Any]) -> None:
         if self.settings.space.tidy(point) not in {self._point(t) for t in self.trials()}:
             self.study.enqueue_trial(point)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OWN_GROUPS = ("study", "sampler")
 KEYS = {
     "name", "storage", "trials", "time_budget_s", "workers", "objectives", "constraints", "overrides", "baseline", "space",
-    "plan_gate",
+    "plan_gate", "plan_first",
 }  # fmt: skip
 DEFAULT_OBJECTIVES = {
     "train": [("tokens_per_s", "maximize"), ("validation_loss", "minimize")],
@@ -42,6 +42,7 @@ class Settings:
         baseline: overrides on top of it for the recipe that `* baseline` refers to; none: the options' defaults.
         workers: how many processes at most (workers.count); None for as many as there are devices.
         plan_gate: whether a recipe that is predicted to run out of memory is refused; false runs it all the same.
+        plan_first: how many trials come first that the plan finds best, of a sample of the space.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Settings:
     time_budget_s: float | None
     workers: int | None
     plan_gate: bool
+    plan_first: int
     goals: Goals
     space: Space
     overrides: list[str]
@@ -135,6 +137,7 @@ def read(command: list[str], plugins: list[str]) -> Settings:
         time_budget_s=study["time_budget_s"],
         workers=None if study["workers"] == "auto" else study["workers"],
         plan_gate=study["plan_gate"],
+        plan_first=study["plan_first"],
         goals=_goals(study, base),
         space=space,
         overrides=overrides,
@@ -171,7 +174,9 @@ def checked(study: dict[str, Any]) -> dict[str, Any]:
     for key in study:
         if key not in KEYS:
             raise UserError(f"study has no knob '{key}'{close(key, KEYS)}")
-    filled = {"storage": None, "time_budget_s": None, "workers": "auto", "objectives": None, "plan_gate": True} | study
+    filled = {
+        "storage": None, "time_budget_s": None, "workers": "auto", "objectives": None, "plan_gate": True, "plan_first": 0,
+    } | study  # fmt: skip
     for key in ("constraints", "overrides", "baseline"):
         filled[key] = _is(list, filled.get(key) or [], f"study.{key}", "a list")
     filled["space"] = _is(dict, filled.get("space") or {}, "study.space", "a mapping of a key to its values")
@@ -179,6 +184,8 @@ def checked(study: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"study.name is {filled.get('name')!r}; it takes letters, digits and _ . + - (it names a file)")
     _is(str, filled["storage"] or "", "study.storage", "null, a path or an Optuna URL")
     _is(bool, filled["plan_gate"], "study.plan_gate", "true or false")
+    if filled["plan_first"] != 0 or isinstance(filled["plan_first"], bool):
+        _positive(filled["plan_first"], int, "study.plan_first", "a whole number, 0 or more")
     _positive(filled.get("trials"), int, "study.trials", "a whole number of at least 1")
     if filled["time_budget_s"] is not None:
         _positive(filled["time_budget_s"], (int, float), "study.time_budget_s", "a number of seconds, or null")
