@@ -32,6 +32,7 @@ CASES = {
     "accumulated": ["accumulation=gradients", "accumulation.micro_batches=4"],
     "bf16": ["precision=bf16"],
     "recomputed": ["checkpointing=uniform", "checkpointing.every=2"],
+    "selective": ["checkpointing=selective"],
     "tied": [],
 }
 
