@@ -72,7 +72,6 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "1f1b_bf16": (2, [*pipeline("1f1b"), "precision=bf16", "checkpointing=uniform"]),
     "tensor_bf16": (2, ["parallelism=tensor", "precision=bf16", "checkpointing=uniform"]),
     "zero3_selective": (2, ["parallelism=zero3", "checkpointing=selective"]),
-    "tensor_selective": (2, ["parallelism=tensor", "checkpointing=selective"]),
     "1f1b_selective": (2, [*pipeline("1f1b"), "checkpointing=selective"]),
     "zero3_master_bf16": (2, ["parallelism=zero3", "precision=bf16_master"]),
     "zero3_stochastic_bf16": (2, ["parallelism=zero3", "precision=bf16_stochastic"]),
