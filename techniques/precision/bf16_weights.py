@@ -67,6 +67,10 @@ class Bf16Stochastic(Bf16Master):
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16"
         )
 
+    @property
+    def without_masters(self) -> bool:
+        return True
+
     def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:
         from dyno.techniques.precision._wide_optimizer import StochasticRounding
 
