@@ -45,7 +45,7 @@ class Selective(Recomputing):
     def apply(self, run: Run) -> None:
         assert run.model is not None
         for block in run.model.blocks:
-            block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+            block.forward = MethodType(forward, block)
 
 
 def forward(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
