@@ -221,6 +221,11 @@ class Technique:
         """Whether training builds the model in host memory, from where the technique places it itself."""
         return False
 
+    @property
+    def without_masters(self) -> bool:
+        """Whether training keeps no weight wider than 16 bits, and rounds updated ones by a rule of its own."""
+        return False
+
     def knobs(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -19,20 +19,23 @@ def metric(value: float | None) -> dict[str, Any]:
     return {"value": value, "unit": "1", "count": 1} | ({} if value is not None else {"reason": "not finite"})
 
 
-def outcome(recipe: Recipe) -> dict[str, Any]:
-    """Status and metrics as a function of the recipe: a batch of 13 is too large, 17 gives NaN, 19 crashes."""
+def outcome(recipe: Recipe, gate: bool) -> dict[str, Any]:
+    """Status and metrics as a function of the recipe: a batch of 13 is too large, 17 gives NaN, 19 crashes, the plan
+    refuses 23; and 5013 and 5027 as too large, where it may: 5013 is, 5027 is not."""
     workload = recipe.config["workload"]
     batch, lr = workload["batch"], workload["lr"]
-    failures = {13: "out_of_memory", 17: "ok", 19: "crashed", 23: "unsupported"}
-    status = failures.get(batch, "ok")
+    failures = {13: "out_of_memory", 17: "ok", 19: "crashed", 23: "unsupported", 5013: "out_of_memory"}
+    refused = batch == 23 or batch in (5013, 5027) and gate
+    status = "out_of_memory" if batch == 5027 and gate else failures.get(batch, "ok")
     loss = None if batch == 17 else 2 + abs(math.log(lr / 1e-3)) + 1 / batch
     metrics = {
         "tokens_per_s": metric(100.0 * batch),
         "validation_loss": metric(loss),
         "perplexity": metric(10.0 + batch),
     }
-    plan = {"feasible": False} if status == "unsupported" else {"feasible": True}
-    reason = None if status == "ok" else f"a batch of {batch}"
+    foreseen = f"predicted: a batch of {batch}" if batch in (23, 5013, 5027) else None
+    plan = {"feasible": foreseen is None, "reason": foreseen}
+    reason = None if status == "ok" else foreseen if refused else f"a batch of {batch}"
     return {"status": status, "reason": reason, "metrics": metrics if status == "ok" else {}, "plan": plan}
 
 
@@ -50,7 +53,7 @@ def run(recipe: Recipe, *, progress: Any = None, gate: bool = True, seconds: flo
     out = {
         "schema": record.SCHEMA, "id": run_id, "created": "2026-01-01T00:00:00+00:00", "duration_s": seconds,
         "recipe_hash": recipe.hash, "overrides": recipe.overrides, "choices": recipe.choices, "config": recipe.config,
-        **outcome(recipe),
+        **outcome(recipe, gate),
     }  # fmt: skip
     out["plan"] |= {"gate": gate}
     record.publish(aside, out, runs)

@@ -298,24 +298,38 @@ def test_a_layout_with_its_own_step_and_kernels_that_are_not_counted_say_so(tmp_
     assert "predicted" in blind.source and "10%" in blind.source and blind.value is not None
 
 
+COMPILED = {
+    "selective": ["checkpointing=selective"],
+    "selective_blocks": ["checkpointing=selective", "compile.per_block=true"],
+    "selective_blocks_offloaded": ["checkpointing=selective", "compile.per_block=true", "offload=activations",
+                                   "offload.min_kib=0"],
+    "budget": ["checkpointing=budget", "checkpointing.budget=0.0"],
+}  # fmt: skip
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on a CPU needs g++")
-@pytest.mark.parametrize("option", ["selective", "budget"])
+@pytest.mark.parametrize("option", COMPILED)
 def test_compiled_steps_equal_the_plain_one(option, tmp_path):
     torch._dynamo.reset()
-    sizes = {"layers": 1 if option != "budget" else 2, "ffn_width": 64}
+    sizes = {"layers": {"selective": 1, "budget": 2}.get(option, 10), "ffn_width": 64}
     expected_loss, expected, base = trained(prepared(tmp_path, **sizes))
-    overrides = {"budget": ["checkpointing=budget", "checkpointing.budget=0.0"]}.get(option) or OPTIONS[option]
+    torch._dynamo.utils.counters.clear()
     try:
-        loss, gradients, costs = trained(prepared(tmp_path, "compile=on", *overrides, **sizes))
+        loss, gradients, costs = trained(prepared(tmp_path, "compile=on", *COMPILED[option], **sizes))
     finally:
         torch._functorch.config.activation_memory_budget = 1.0
         torch._dynamo.reset()
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     for got, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-    assert costs["activation_bytes"] < base["activation_bytes"]
-    if option != "selective":
+    if "blocks" in option:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one for all blocks, and nothing falls back
+    if "offloaded" not in option:  # here the host is the device
+        assert costs["activation_bytes"] < base["activation_bytes"]
+    if "selective" not in option:
         assert costs["recomputed_flops"] > 0
+    elif "blocks" in option:
+        assert costs["recomputed_flops"] == 0
 
 
 def test_attention_with_grouped_heads_is_counted_by_its_query_heads():

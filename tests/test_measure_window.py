@@ -1,5 +1,6 @@
 """Windows, warm-up, memory and the probe on a CPU. Nothing here depends on how fast the machine is."""
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,6 +223,43 @@ def test_a_real_probe(monkeypatch):
     found = probe.probe(CPU)
     assert found["matrix_flop_per_s"]["fp32"] > 1e8
     assert found["copy_byte_per_s"] > 1e8
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "fp32", "bf16"])
+@pytest.mark.parametrize("state", ["plain", "tf32", "ieee", "legacy", "mixed"])
+def test_a_probe_finds_and_leaves_any_precision_of_fp32_products(state, dtype, monkeypatch):
+    """Names old and new for one switch; once they disagree, torch raises where the old one is read."""
+    matmul, during = torch.backends.cuda.matmul, []
+
+    def seen() -> list[Any]:
+        found: list[Any] = [matmul.fp32_precision]
+        for read in (lambda: matmul.allow_tf32, torch.get_float32_matmul_precision):
+            try:
+                found.append(read())
+            except RuntimeError:
+                found.append("raises")
+        return found
+
+    def best_s(work, device):
+        during.append(matmul.fp32_precision)
+        if state == "mixed":
+            raise MemoryError
+        return 1.0
+
+    monkeypatch.setattr(probe, "_best_s", best_s)
+    monkeypatch.setattr(probe, "_SIZE", {"cpu": 8})
+    try:
+        if state in ("legacy", "mixed"):
+            torch.set_float32_matmul_precision("high")
+        if state in ("tf32", "ieee", "mixed"):
+            matmul.fp32_precision = "ieee" if state == "mixed" else state
+        before = seen()
+        assert ("raises" in before) == (state in ("tf32", "mixed"))
+        with pytest.raises(MemoryError) if state == "mixed" else contextlib.nullcontext():
+            probe._matrix_flop_per_s(CPU, dtype)
+        assert seen() == before and during == ["tf32" if dtype == "tf32" else "ieee"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from dyno.errors import RunFailure, Unsupported, UserError
 from dyno.measure.environment import Device
 from dyno.plan import predict
+from dyno.recipe import groups
 from dyno.stages import train
 from dyno.techniques.offload import _files
 from dyno.techniques.offload._activations import Stasher
@@ -32,6 +33,7 @@ CASES = {
     "accumulated": ["accumulation=gradients", "accumulation.micro_batches=4"],
     "bf16": ["precision=bf16"],
     "recomputed": ["checkpointing=uniform", "checkpointing.every=2"],
+    "selective": ["checkpointing=selective"],
     "tied": [],
 }
 
@@ -269,6 +271,24 @@ def test_what_does_not_go_together_is_told_before_any_work(option, tmp_path):
             prepared(tmp_path, f"offload={option}", "precision=fp16")
     if option in ("parameters", "activations"):
         assert "compile=off" in reasons(f"offload={option}", "compile=on")[0]
+
+
+@pytest.mark.parametrize("choice", [f"{axis}={o}" for axis in ("precision", "optimizer") for o in groups()[axis]])
+@pytest.mark.parametrize("option", STATES)
+def test_the_plan_and_the_run_refuse_the_same(option, choice, tmp_path):
+    """The other axes' own reasons apart: some formats do not run on a CPU, but can be set up for one step there."""
+    overrides = [choice, f"offload={option}"]
+    recipe = tiny.pipeline(tmp_path, *overrides).recipe
+    planned = recipe.techniques["offload"][0].unsupported(recipe, CPU)
+    assert planned is None or any(r.startswith(f"offload={option}: {planned}") for r in reasons(*overrides))
+    said = None
+    try:
+        trained(prepared(tmp_path, *overrides), steps=1)
+    except Unsupported as refusal:
+        said = str(refusal)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert (planned is None) == (said is None), (planned, said)
 
 
 def test_files_say_where_there_is_no_room(tmp_path, monkeypatch):

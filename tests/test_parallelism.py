@@ -71,6 +71,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero3_bf16": (2, ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"]),
     "1f1b_bf16": (2, [*pipeline("1f1b"), "precision=bf16", "checkpointing=uniform"]),
     "tensor_bf16": (2, ["parallelism=tensor", "precision=bf16", "checkpointing=uniform"]),
+    "zero3_selective": (2, ["parallelism=zero3", "checkpointing=selective"]),
+    "1f1b_selective": (2, [*pipeline("1f1b"), "checkpointing=selective"]),
     "zero3_master_bf16": (2, ["parallelism=zero3", "precision=bf16_master"]),
     "zero3_stochastic_bf16": (2, ["parallelism=zero3", "precision=bf16_stochastic"]),
     "ddp_stochastic_bf16": (2, ["parallelism=ddp", "precision=bf16_stochastic"]),

@@ -68,12 +68,13 @@ def test_goes_on_and_then_has_nothing_to_do(tune, tmp_path):
 
 def test_failures_and_nan_do_not_end_a_study(tune, tmp_path):
     summary, lines = tune("workload.batch=choice(13,17,19,23,8)", "study.trials=20", "workload.seq=64")
-    assert summary["failures"] == {"out_of_memory": 1, "unmeasured": 1, "crashed": 1, "unsupported": 1}
+    assert summary["failures"] == {"out_of_memory": 1, "unmeasured": 1, "crashed": 1}
+    assert summary["refused"] == {"unsupported": 1}
     assert "exhausted: all of its 5 combinations" in summary["stopped"]
     assert summary["trials_done"] == 5  # the baseline lies outside the space and counts; what the plan refused does not
     text = "\n".join(lines)
     assert "validation_loss was not measured: not finite" in text and "a batch of 13" in text
-    assert "trial -/20  unsupported  a batch of 23" in text
+    assert "trial -/20  unsupported  predicted: a batch of 23" in text
     assert len(set(hashes(tmp_path))) == len(hashes(tmp_path)) == 6
 
 
@@ -258,6 +259,30 @@ def test_a_plain_override_fixes_a_key_of_the_study(tune, tmp_path):
 def test_a_study_without_the_plan_s_gate_tells_the_runner(tune, tmp_path, gate):
     tune("workload.batch=2,4", "study.trials=2", f"study.plan_gate={str(gate).lower()}")
     assert {r["plan"]["gate"] for r in records(tmp_path / "results")} == {gate}
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_recipe_that_was_run_against_the_plan_counts(tune, gate):
+    """5013 is predicted to run out of memory and does, 5027 is and does not; 13 does unforeseen."""
+    words = (
+        "workload.batch=choice(13,23,5013,5027,8)",
+        "study.trials=20",
+        "workload.seq=64",
+        f"study.plan_gate={gate}",
+    )
+    summary, lines = tune(*words)
+    text = "\n".join(lines)
+    assert "trial -/20  unsupported  predicted: a batch of 23" in text
+    if gate:
+        assert summary["trials_done"] == 3 and summary["failures"] == {"out_of_memory": 1}
+        assert summary["refused"] == {"unsupported": 1, "out_of_memory": 2}
+        assert text.count("trial -/20  out_of_memory  predicted: a batch of") == 2
+        return
+    assert summary["trials_done"] == 5 and summary["failures"] == {"out_of_memory": 2}
+    assert summary["refused"] == {"unsupported": 1}
+    assert "run without a result: 2 out_of_memory;" in text and "before a run: 1 unsupported; they cost" in text
+    assert text.count("trial -/") == 1 and {e["metrics"]["tokens_per_s"] for e in summary["front"]} >= {502700.0}
+    assert tune(*words)[0]["trials_done"] == 5  # as the storage tells it again
 
 
 def test_shipped_studies_read_on_both_devices(monkeypatch):

@@ -76,12 +76,14 @@ def _matrix_flop_per_s(device: torch.device, dtype: str) -> float:
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(_DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(a)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    # Not allow_tf32: reading that raises where a recipe has chosen tf32 by this newer name.
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         return 2 * size**3 / _best_s(lambda: torch.mm(a, b, out=out), device)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 def _copy_byte_per_s(device: torch.device) -> float:

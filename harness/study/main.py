@@ -36,7 +36,7 @@ def tune(
 
     Returns:
         The summary, as JSON data: name, storage, results_dir, trials_done, trials_asked, stopped, objectives,
-        constraints, baseline, front [{id, overrides, metrics, command}], failures {status: count}, resume_command.
+        constraints, baseline, front [{id, overrides, metrics, command}], failures and refused {status: count}, resume_command.
 
     Raises:
         UserError: a mistake in the words, or a bench that cannot work (no space for records).

@@ -33,11 +33,18 @@ def summary_of(made: Mapping[str, Any], metrics: list[str]) -> dict[str, Any]:
         "id": made["id"],
         "status": made["status"],
         "reason": made["reason"],
-        "ran": made["plan"].get("feasible") is not False,
+        "ran": was_run(made),
         "seconds": made["duration_s"],
         "metrics": {name: value for name, value in values.items() if value is not None},
         "empty": {name: reason for name, reason in reasons.items() if values[name] is None},
     }
+
+
+def was_run(made: Mapping[str, Any]) -> bool:
+    """Whether a worker was started for a record. What the plan refused ends with the plan's own reason; without the
+    plan's gate a recipe may be run against it, and end as it will."""
+    plan = made["plan"]
+    return plan.get("feasible") is not False or made["reason"] != plan["reason"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class Tried:
     overrides: list[str]
     result: dict[str, Any]
     verdict: Verdict
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was known not to run before a worker was started for it."""
+        return not self.result["ran"] and self.result["status"] in ("unsupported", "out_of_memory")
 
 
 class Session:

@@ -60,10 +60,21 @@ def front(session: Session) -> list[Tried]:
 
 
 def failures(session: Session) -> dict[str, int]:
-    """How many distinct recipes ended in each status; `unmeasured`: well, but without a figure that was asked for."""
-    found = [e.result["status"] for e in session.tried().values() if e.result["status"] != "ok"]
-    found += ["unmeasured" for e in session.tried().values() if e.result["status"] == "ok" and e.verdict.values is None]
+    """How many distinct recipes were run and ended in each status; `unmeasured`: well, but without a figure that was
+    asked for."""
+    entries = [e for e in session.tried().values() if not e.refused]
+    found = [e.result["status"] for e in entries if e.result["status"] != "ok"]
+    found += ["unmeasured" for e in entries if e.result["status"] == "ok" and e.verdict.values is None]
     return dict(Counter(found))
+
+
+def refusals(session: Session) -> dict[str, int]:
+    """How many distinct recipes were refused before a run, by the status that the plan foresaw."""
+    return dict(Counter(e.result["status"] for e in session.tried().values() if e.refused))
+
+
+def counted(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in found.items())
 
 
 def summary(session: Session, stopped: str) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def summary(session: Session, stopped: str) -> dict[str, Any]:
             for e in front(session)
         ],
         "failures": failures(session),
-        "saved_by_plan": sum(not e.result["ran"] for e in session.tried().values()),
+        "refused": refusals(session),
         "resume_command": settings.tune_command(),
     }
 
@@ -112,10 +123,10 @@ def text(session: Session, summary: dict[str, Any]) -> str:
     if len(best) > MOST_SHOWN:
         lines.append(f"  and {len(best) - MOST_SHOWN} more in the JSON on stdout")
     if summary["failures"]:
-        counts = ", ".join(f"{count} {status}" for status, count in summary["failures"].items())
-        lines.append(f"without a result: {counts}; `dyno table {summary['results_dir']}` shows the reasons")
-    if summary["saved_by_plan"]:
-        lines.append(f"the plan refused {summary['saved_by_plan']} recipes before a run: they cost no trial")
+        counts = counted(summary["failures"])
+        lines.append(f"run without a result: {counts}; `dyno table {summary['results_dir']}` shows the reasons")
+    if summary["refused"]:
+        lines.append(f"refused by the plan before a run: {counted(summary['refused'])}; they cost no trial")
     lines.append(f"records: {summary['results_dir']}/runs   study: {summary['storage']}")
     if summary["stopped"] == "done":
         more = session.settings.tune_command(f"study.trials={2 * summary['trials_asked']}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape
 from dyno.techniques.checkpointing.blocks import Recomputing
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.checkpoint import CheckpointPolicy
+
     from dyno.measure.environment import Device
 
 DEAR = {
@@ -41,25 +43,35 @@ class Selective(Recomputing):
         return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share), host_factor=HOST)
 
     def apply(self, run: Run) -> None:
-        from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+        assert run.model is not None
+        for block in run.model.blocks:
+            block.forward = MethodType(forward, block)
 
-        model = run.model
-        assert model is not None
 
-        def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            dear = str(getattr(operation, "overloadpacket", None)) in DEAR
-            return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+def forward(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    """A block's forward pass that keeps what is dear.
 
-        contexts = partial(create_selective_checkpoint_contexts, policy)
+    Inside the block, not round it, so that a compiler of blocks sees the policy and keeps it. Round compiled code it would
+    see buffers that the code uses again for other values, and take them for the products.
+    """
+    from torch.utils.checkpoint import checkpoint
 
-        def wrapper(call: Callable[..., Any]) -> Callable[..., Any]:
-            def call_block(block: Any, x: Any, *rest: Any) -> Any:
-                if not x.requires_grad and not model.training:
-                    return call(block, x, *rest)
-                return checkpoint(
-                    call, block, x, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-                )
+    plain = type(block).forward
+    if not x.requires_grad and not block.training:
+        return plain(block, x, *rest)
+    # No random state is kept: nothing in a block draws a random number.
+    return checkpoint(plain, block, x, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-            return call_block
 
-        run.wrap("call_block", wrapper, by=self)
+def contexts() -> tuple[Any, Any]:
+    """Modes for the forward pass and for its recomputation."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    dear = str(getattr(operation, "overloadpacket", None)) in DEAR
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyno.errors import Unsupported
-from dyno.technique import Footprint, Run, Shape, Technique
+from dyno.technique import Baseline, Footprint, Run, Shape, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,14 @@ class HostOptimizer(Offload):
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         if self.chunk_mib < 1:
             return f"offload.chunk_mib is {self.chunk_mib}; it takes 1 MiB or more"
-        if any(getattr(t, "loss_scaling", False) for chosen in recipe.techniques.values() for t in chosen):
+        techniques = [t for chosen in recipe.techniques.values() for t in chosen]
+        if any(not isinstance(t, Baseline) for t in recipe.techniques["optimizer"]):
+            return f"offload steps AdamW on the host, not {recipe.option('optimizer')}; take optimizer=adamw"
+        if any(t.without_masters for t in techniques):
+            return (
+                "offload steps AdamW with fp32 masters on the host; take a precision that has some, such as bf16_master"
+            )
+        if any(getattr(t, "loss_scaling", False) for t in techniques):
             return "loss scaling looks for overflow in gradients on the device, which have left it; take precision=bf16"
         return super().unsupported(recipe, device)
 

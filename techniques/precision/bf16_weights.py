@@ -76,6 +76,10 @@ class Bf16Stochastic(Bf16Master):
             step_bytes=8.0 * stepped_together(shape), step_traffic=60.0,  # 48 of them by the rounding
         )  # fmt: skip
 
+    @property
+    def without_masters(self) -> bool:
+        return True
+
     def rounding(self, run: Run) -> Callable[[torch.Tensor], torch.Tensor] | None:
         from dyno.techniques.precision._wide_optimizer import StochasticRounding
 
