@@ -65,13 +65,13 @@ class Footprint:
 
     Amounts. `master_bytes` a parameter of a wider copy; of the wide copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
-    `one_pass_step`; `boundaries`: block inputs kept instead of the blocks' insides;
-    `recompute_blocks` whose inside the backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a
-    step's `host_traffic_bytes` to and from the host, `host_updates`, parameters that the host steps, and
-    `host_activations`, numbers a token that go there and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
-    width, and `wire_bytes`), of that what the device stands still for (`waited_activations`, `waited_bytes`); `host_s`,
-    seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which
-    recomputation repeats; and `bubble`, the idle share of a step.
+    `one_pass_step`; `boundaries`: block inputs kept instead of the blocks' insides; `recompute_blocks` whose inside the
+    backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and
+    from the host, `host_updates`, parameters that the host steps, and `host_activations`, numbers a token that go there
+    and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an
+    activation's width, and `wire_bytes`), of that what the device stands still for (`waited_activations`,
+    `waited_bytes`); `host_s`, seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them
+    in a forward pass, which recomputation repeats; and `bubble`, the idle share of a step.
 
     Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
     `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each

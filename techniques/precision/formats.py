@@ -39,7 +39,8 @@ class TF32(Technique):
     def apply(self, run: Run) -> None:
         import torch
 
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        # Sets the older names too: who reads them after the new one alone was set, as Inductor's autotuner does, fails.
+        torch.set_float32_matmul_precision("high")
         run.replace("matmul_dtype", "tf32", by=self)
 
 
