@@ -66,12 +66,14 @@ class Footprint:
     Amounts. `master_bytes` a parameter of a wider copy; of the wide copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
     `one_pass_step`; `boundaries`: block inputs kept instead of the blocks' insides; `recompute_blocks` whose inside the
-    backward pass makes again and holds at once; `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and
-    from the host, `host_updates`, parameters that the host steps, and `host_activations`, numbers a token that go there
-    and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an
-    activation's width, and `wire_bytes`), of that what the device stands still for (`waited_activations`,
-    `waited_bytes`); `host_s`, seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them
-    in a forward pass, which recomputation repeats; and `bubble`, the idle share of a step.
+    backward pass makes again and holds at once, `blocks_again`, the share of the blocks whose forward pass it runs again;
+    `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, `host_updates`, parameters that
+    the host steps, and `host_activations`, numbers a token that go there and come back; what a rank sends to others
+    (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's width, and `wire_bytes`), of that
+    what the device stands still for (`waited_activations`, `waited_bytes`), and of both what is sent again where all
+    blocks run again (`wire_again`, `waited_again`); `host_s`, seconds of the host in an eager step beside its kernels'
+    launches, `host_again_s` of them in a forward pass, which recomputation repeats; and `bubble`, the idle share of a
+    step.
 
     Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
     `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
@@ -126,6 +128,7 @@ class Footprint:
     step_traffic: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0
+    blocks_again: float = 0.0
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
     host_traffic_bytes: float = 0.0
@@ -133,8 +136,10 @@ class Footprint:
     host_activations: float = 0.0
     wire_weights: float = 0.0
     wire_activations: float = 0.0
+    wire_again: float = 0.0
     wire_bytes: float = 0.0
     waited_activations: float = 0.0
+    waited_again: float = 0.0
     waited_bytes: float = 0.0
     host_s: float = 0.0
     host_again_s: float = 0.0

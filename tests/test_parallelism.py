@@ -14,10 +14,11 @@ import ranks
 import tiny
 import torch
 
-from dyno.plan import shape_from
+from dyno.plan import shape_from, time
 from dyno.recipe import Recipe, compose
 from dyno.stages import train
 from dyno.stages.ranks import counted_step
+from dyno.technique import combined
 from dyno.techniques.parallelism import _cost, _layout  # noqa: F401  the ranks inherit what is imported here
 
 STEPS, COUNTED = 5, 2
@@ -71,6 +72,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero3_bf16": (2, ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"]),
     "1f1b_bf16": (2, [*pipeline("1f1b"), "precision=bf16", "checkpointing=uniform"]),
     "tensor_bf16": (2, ["parallelism=tensor", "precision=bf16", "checkpointing=uniform"]),
+    "tensor_selective": (2, ["parallelism=tensor", "checkpointing=selective"]),
+    "tensor_plain_uniform": (2, ["parallelism=tensor", "parallelism.sequence_parallel=false", "checkpointing=uniform"]),
+    "ring_uniform": (2, ["parallelism=context", "checkpointing=uniform"]),
+    "ulysses_sqrt": (2, ["parallelism=context", "parallelism.context=ulysses", "attention=math", "checkpointing=sqrt"]),
+    "cp_tp_uniform": (4, [*mesh(cp=2, tp=2), "checkpointing=uniform"]),
     "zero3_selective": (2, ["parallelism=zero3", "checkpointing=selective"]),
     "1f1b_selective": (2, [*pipeline("1f1b"), "checkpointing=selective"]),
     "zero3_master_bf16": (2, ["parallelism=zero3", "precision=bf16_master"]),
@@ -267,8 +273,9 @@ def layout_of(case: str):
 @pytest.mark.parametrize("case", EXACT)
 def test_a_step_sends_what_the_formula_says(case, results):
     layout, shape = layout_of(case)
-    said = layout.footprint(shape, None)
-    expected = said.wire_bytes + 4 * (said.wire_weights + said.wire_activations)
+    said = combined(t.footprint(shape, None) for axis in ("parallelism", "checkpointing") for t in
+                    recipe_of(case).techniques[axis])  # fmt: skip
+    expected = time.wire_bytes(said)
     counted = float(results[case][0]["wire_bytes"])
     # Beside the formula: norms of gradients, the loss, sums of gradients of norm weights.
     assert counted == pytest.approx(expected, rel=0.02, abs=4 * 2 * shape.hidden * 9), (counted, expected)

@@ -47,12 +47,14 @@ def product_s(m: float, n: float, k: float, flop_per_s: float, machine: Machine,
 def wire_bytes(print_: Footprint) -> float:
     """Bytes that a rank sends in a step."""
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
-    return print_.wire_bytes + print_.wire_weights * stored + print_.wire_activations * activation_width(print_)
+    activations = print_.wire_activations + print_.blocks_again * print_.wire_again
+    return print_.wire_bytes + print_.wire_weights * stored + activations * activation_width(print_)
 
 
 def waited_bytes(print_: Footprint) -> float:
     """Those of them that the device stands still for."""
-    return print_.waited_bytes + print_.waited_activations * activation_width(print_)
+    activations = print_.waited_activations + print_.blocks_again * print_.waited_again
+    return print_.waited_bytes + activations * activation_width(print_)
 
 
 def attention_share(print_: Footprint, keys: float) -> float:
@@ -140,13 +142,12 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if away and print_.boundaries:
         away = print_.boundaries * h * tokens
     per_s = LINK_REACHED * machine.link.bytes_per_s
-    waited = waited_bytes(print_) + again / 2 * print_.waited_activations * w  # half of them in the forward pass
     link = print_.host_traffic_bytes + 2 * w * micro * away  # out and back
     return {
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
-        "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited / per_s,
+        "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
         "offload": link / machine.host_bytes_per_s, "host update": HOST_ADAM * print_.host_updates,
     }  # fmt: skip
 

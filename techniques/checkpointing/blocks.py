@@ -46,6 +46,7 @@ class Segments(Recomputing):
             activation_factor=0.0,
             boundaries=len(lengths),
             recompute_blocks=max(lengths),
+            blocks_again=1.0,
             flops_factor=1 + blocks_share(shape) / 3,
             host_factor=HOST,
         )

@@ -93,6 +93,7 @@ class Optimal(Recomputing):
         return Footprint(
             activation_factor=kept(chain, schedule) / chain.everything,
             recompute_blocks=max(inside, default=0) / FINE,
+            blocks_again=recomputed(chain, schedule) / shape.layers,
             flops_factor=1 + recomputed(chain, schedule) / shape.layers * blocks_share(shape) / 3,
             host_factor=HOST,
         )

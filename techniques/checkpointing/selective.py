@@ -22,9 +22,7 @@ DEAR = {
 }  # fmt: skip
 
 
-HOST = (
-    3.0  # host time of an eager step over that of one without: a policy in Python sees every operation (H100 records)
-)
+HOST = 3.0  # host time of an eager step over that of one without: the policy, in Python, sees every operation (H100)
 
 
 @dataclass
@@ -40,7 +38,9 @@ class Selective(Recomputing):
         numbers = 3 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 2 * shape.ffn
         whole = 8.0 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 4.0 * shape.ffn  # of a block in 16 bits
         share = numbers / whole
-        return Footprint(activation_factor=share, recompute_blocks=max(0.0, 1 - share), host_factor=HOST)
+        return Footprint(
+            activation_factor=share, recompute_blocks=max(0.0, 1 - share), blocks_again=1.0, host_factor=HOST
+        )
 
     def apply(self, run: Run) -> None:
         assert run.model is not None

@@ -118,6 +118,22 @@ def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
     return total
 
 
+def again_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
+    """(those waited for, those of a ring) that are sent again where every block's forward pass runs a second time.
+
+    It stops before a block's last scatter or reduction: nothing in the backward pass needs what comes of it.
+    """
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    pieces = 3 if layout.token_shards > 1 else 2  # of the four into which two reductions fall apart
+    waited = part.layers * pieces * tokens * shape.hidden * ring(layout.tp)
+    if layout.cp == 1:
+        return waited, 0.0
+    if layout.context == "ring":
+        return waited, part.layers * (layout.cp - 1) * tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
+    each = tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim / layout.tp
+    return waited + part.layers * each * ring(layout.cp), 0.0
+
+
 def sent(said: Footprint) -> float:
     """Bytes of a step, everything being in fp32."""
     return 4 * said.wire_weights + 4 * said.wire_activations + said.wire_bytes
@@ -143,6 +159,7 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
         gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
     waited, wide = waited_numbers(layout, shape, part), wide_bytes(layout, shape, part)
+    waited_again, ring_again = again_numbers(layout, shape, part)
     host, host_again = _host.seconds(layout, shape, part)
     return Footprint(
         # PyTorch's flash kernel attends to the parts of a ring, whatever the attention is.
@@ -166,7 +183,9 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         wire_weights=weight_numbers(layout, shape, part),
         wire_activations=waited + hidden_numbers(layout, shape, part),
         wire_bytes=wide,
+        wire_again=waited_again + ring_again,
         waited_activations=waited,
+        waited_again=waited_again,
         waited_bytes=wide,
         host_s=host,
         host_again_s=host_again,
