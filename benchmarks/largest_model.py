@@ -4,12 +4,14 @@
     python benchmarks/largest_model.py --gib 4 --only none optimizer --probes 4
 
 A probe is a fresh process that may take so much of the GPU and trains a few steps. The plan makes the first guess,
-bisection the rest. Prints one JSON line a probe and one a variant: parameters, tokens/s, peak; and what limited it.
+bisection the rest. Prints one JSON line a probe and one a variant: parameters, tokens/s, peak; and what limited it. A
+probe's line says how long each phase took (import_s, build_s, prepare_s, first_step_s), those before its end if it died.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -27,7 +29,7 @@ VARIANTS = {
     "nvme": ["offload=nvme"],
     "parameters": ["offload=parameters"],
 }
-HOST_SHARE = 0.6  # of the host's memory that offload may take; the model lies there once more while it is built
+HOST_SHARE = 0.6  # of the host's memory that offload may take
 # Pinned memory is registered page by page: several threads, or a probe waits half a minute for it.
 PINNED = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
@@ -69,7 +71,16 @@ def guess(overrides: list[str], gib: float, most: int) -> tuple[int, int]:
 
 
 def probe(overrides: list[str], layers: int, gib: float, steps: int) -> dict[str, Any]:
-    """Train in this process; what it took, or why it did not fit."""
+    """Train in this process; what it took, or why it did not fit. Each phase prints the row as it is by then."""
+    row: dict[str, Any] = {"layers": layers, "gib": gib}
+    since = time.perf_counter()
+
+    def ends(phase: str) -> None:
+        nonlocal since
+        now = time.perf_counter()
+        row[phase], since = round(now - since, 2), now
+        print(json.dumps(row), flush=True)
+
     import numpy as np
     import torch
 
@@ -83,17 +94,20 @@ def probe(overrides: list[str], layers: int, gib: float, steps: int) -> dict[str
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
     recipe = recipe_of(overrides, layers)
     workload = recipe.config["workload"]
-    row: dict[str, Any] = {"layers": layers, "gib": gib}
+    ends("import_s")
     with tempfile.TemporaryDirectory() as directory:
         pipeline = Pipeline(recipe, device, Path(directory))
         try:
             model = train.fresh_model(pipeline, {"vocab_size": 257})
             row["parameters"] = sum(p.numel() for p in model.parameters())
+            ends("build_s")
             run = train.prepared_run(pipeline, model)
             stream = np.random.default_rng(0).integers(0, 257, 50 * workload["seq"])
             trainer = train.Trainer(run, stream, workload, seed=0)
+            ends("prepare_s")
             trainer.step()
             trainer.finite_loss()
+            ends("first_step_s")
             start = time.perf_counter()
             for _ in range(steps):
                 trainer.step()
@@ -107,6 +121,14 @@ def probe(overrides: list[str], layers: int, gib: float, steps: int) -> dict[str
     return {**row, "fits": True}
 
 
+def last_row(printed: str) -> dict[str, Any]:
+    """How far a probe has come: its last whole line of JSON, or nothing."""
+    for line in reversed(printed.splitlines()):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    return {}
+
+
 def probed(variant: str, layers: int, given: argparse.Namespace) -> dict[str, Any]:
     """A probe in a fresh process; one that dies or hangs did not fit."""
     command = [sys.executable, __file__, "--probe", variant, "--layers", str(layers), "--gib", str(given.gib),
@@ -115,11 +137,11 @@ def probed(variant: str, layers: int, given: argparse.Namespace) -> dict[str, An
     start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout, env=environment)
-        row = json.loads(done.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        row = {"layers": layers, "fits": False, "reason": f"no end after {given.timeout:.0f} s"}
-    except (ValueError, IndexError):
-        row = {"layers": layers, "fits": False, "reason": f"died: {done.stderr.strip()[-300:]}"}
+        row, reason = last_row(done.stdout), f"died: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired as error:
+        row, reason = last_row((error.stdout or b"").decode()), f"no end after {given.timeout:.0f} s"
+    if "fits" not in row:
+        row = {"layers": layers, **row, "fits": False, "reason": reason}
     row = {"variant": variant, **row, "wall_s": round(time.perf_counter() - start, 1)}
     print(json.dumps(row), flush=True)
     return row

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyno import quality
+from dyno import host_memory, quality
 from dyno.artifacts import acting, stage_key
 from dyno.errors import NonFinite, UserError
 from dyno.kernels.attention import eager
@@ -273,14 +273,17 @@ def drawn_on_device(config: ModelConfig, seed: int, device: torch.device, home: 
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = Decoder(config)
-    for module in (model.embed, *model.blocks, model.norm, model.lm_head):
+    head = () if config.tied_embeddings else (model.lm_head,)
+    for module in (model.embed, *model.blocks, model.norm, *head):
         module.to_empty(device=device)
         for name, weight in module.named_parameters():
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=initial_std(name, config), generator=generator)
             else:  # of a norm, or a bias
                 torch.nn.init.constant_(weight, float(name.endswith("weight")))
-        module.to(home)
+        if home != device:
+            for weight in module.parameters():
+                weight.data = host_memory.copied(weight.data)
     return complete(model, home)
 
 

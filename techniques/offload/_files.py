@@ -35,12 +35,15 @@ class FileState:
         self.pieces = -(-numbers // self.chunk)
         self.bytes = self.pieces * self._size
         self.file, self.direct = _open(directory, self.bytes)
-        self.buffers = [_aligned(KINDS * self.chunk, side) for _ in range(BUFFERS)]
+        self.buffers = [side.pinned(KINDS * self.chunk) for _ in range(BUFFERS)]
         self.threads = ThreadPoolExecutor(2)
 
     @property
     def _size(self) -> int:
         return KINDS * 4 * self.chunk
+
+    def pin(self, part: slice) -> None:
+        """The buffers are pinned."""
 
     def sweep(self, settle: Callable[[], None]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         reading = self.threads.submit(self._read, 0)
@@ -96,13 +99,6 @@ class FileState:
 def _up(numbers: int) -> int:
     """So many fp32 numbers, rounded up to whole pages."""
     return -(-numbers * 4 // PAGE) * PAGE // 4
-
-
-def _aligned(numbers: int, side: Side) -> Tensor:
-    """A host tensor at a page's beginning, pinned for a device: allocators begin at any multiple of 64 or 512 bytes."""
-    tensor = side.host(numbers + PAGE // 4)
-    skip = -tensor.data_ptr() % PAGE // 4
-    return tensor[skip : skip + numbers]
 
 
 def _open(directory: Path, size: int) -> tuple[int, bool]:

@@ -5,6 +5,7 @@ Papers: Ren et al. 2021, ZeRO-Offload, arXiv:2101.06840; Rajbhandari et al. 2021
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dyno import host_memory
 from dyno.errors import Unsupported
 from dyno.techniques.offload._side import Side, host_waits
 
@@ -29,13 +31,20 @@ class State(Protocol):
         """
         ...
 
+    def pin(self, part: slice) -> None:
+        """These masters, now filled, are what `deliver` copies to the device."""
+        ...
+
 
 class HostState:
-    """State in host memory, pinned where there is a device."""
+    """State in host memory. Most of it never leaves, so that only what is asked for is pinned."""
 
     def __init__(self, numbers: int, chunk: int, side: Side):
-        self.chunk = chunk
-        self.master, self.first, self.second = (side.host(numbers) for _ in range(3))
+        self.side, self.chunk = side, chunk
+        self.master, self.first, self.second = (host_memory.zeros(numbers) for _ in range(3))
+
+    def pin(self, part: slice) -> None:
+        self.side.pin(self.master[part])
 
     def sweep(self, settle: Callable[[], None]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         for start in range(0, len(self.master), self.chunk):
@@ -58,8 +67,9 @@ class Layout:
 
     def within(self, start: int, end: int) -> Iterator[tuple[int, slice, slice]]:
         """The parameters in a piece: (index, their part, its place in the piece)."""
-        for index, (first, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
-            low, high = max(first, start), min(first + size, end)
+        for index in range(max(0, bisect_right(self.starts, start) - 1), bisect_left(self.starts, end)):
+            first = self.starts[index]
+            low, high = max(first, start), min(first + self.sizes[index], end)
             if low < high:
                 yield index, slice(low - first, high - first), slice(low - start, high - start)
 
@@ -98,17 +108,22 @@ class HostAdamW(torch.optim.Optimizer):
         super().__init__(parameters, settings)
         self.parameters, self.side, self.layout = parameters, side, Layout(parameters)
         self.flat = state(self.layout.numbers)
-        self.gradients = side.host(self.layout.numbers)
+        self.gradients = side.pinned(self.layout.numbers)
         self.more: Tensor | None = None  # the gradients of later micro-batches, on their way
         self.adding: dict[int, Future[None]] = {}
         self.adder = ThreadPoolExecutor(1)
         self.squares: list[Tensor | None] = [None] * len(parameters)  # of a gradient's norm; None: none has come
         self.steps, self.scale = 0, torch.ones(())
-        for start, master, _, _ in self.flat.sweep(lambda: None):
-            for index, part, place in self.layout.within(start, start + len(master)):
-                master[place].copy_(parameters[index].detach().reshape(-1)[part])
+        self.fill()
         for index, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._take, index))
+
+    def fill(self) -> None:
+        """The masters begin as the parameters."""
+        for start, master, _, _ in self.flat.sweep(lambda: None):
+            for index, part, place in self.layout.within(start, start + len(master)):
+                host_memory.fetch(master[place], self.parameters[index].detach().reshape(-1)[part])
+        self.flat.pin(slice(None))
 
     def _take(self, index: int, parameter: Tensor) -> None:
         """A gradient is ready: send it to the host, add it to what is there, and free it."""
@@ -122,7 +137,7 @@ class HostAdamW(torch.optim.Optimizer):
                 slot.copy_(gradient, non_blocking=True)
         else:
             if self.more is None:
-                self.more = self.side.host(self.layout.numbers)
+                self.more = self.side.pinned(self.layout.numbers)
             if index in self.adding:
                 self.adding.pop(index).result()
             arriving = self.more[self.layout.slot(index)]

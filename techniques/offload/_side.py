@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dyno import host_memory
+
 
 class Side:
     """Copies beside the computation. On a CPU there is no stream: copies are plain, and waiting does nothing."""
@@ -40,9 +42,13 @@ class Side:
         if self.stream is not None:
             tensor.record_stream(self.stream)
 
-    def host(self, numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A flat host tensor of zeros, pinned where a device copies from and to it."""
-        return torch.zeros(numbers, dtype=dtype, pin_memory=self.stream is not None)
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Let the device copy from and to a part of a `host_memory.zeros` while the host goes on."""
+        return host_memory.pin(tensor) if self.stream is not None and len(tensor) else tensor
+
+    def pinned(self, numbers: int) -> Tensor:
+        """A flat fp32 host tensor of zeros that a device copies from and to."""
+        return self.pin(host_memory.zeros(numbers).zero_())
 
 
 def host_waits(event: torch.cuda.Event | None) -> None:

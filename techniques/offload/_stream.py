@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyno import host_memory
 from dyno.techniques.offload._host import HostAdamW, HostState
 from dyno.techniques.offload._side import Side
 
@@ -98,25 +99,40 @@ class StreamingAdamW(HostAdamW):
     """
 
     def __init__(self, model: Any, settings: dict[str, Any], state: Any, side: Side, dtype: torch.dtype):
+        self.visiting = {id(p) for p in model.blocks.parameters()}
         super().__init__(list(model.parameters()), settings, state, side)
         assert isinstance(self.flat, HostState)
         index = {id(p): i for i, p in enumerate(self.parameters)}
+        members = [[index[id(p)] for p in block.parameters()] for block in model.blocks]
+        first, last = members[0][0], members[-1][-1]
+        assert sum(members, []) == list(range(first, last + 1)), "the blocks' parameters lie side by side"
+        begin, end = self.layout.starts[first], self.layout.slot(last).stop
+        homes = self.flat.master[begin:end]
+        if dtype == torch.float32:
+            self.flat.pin(slice(None))
+        else:  # of the masters only those outside the blocks travel
+            homes = side.pin(host_memory.zeros(end - begin, dtype).copy_(homes))
+            self.flat.pin(slice(begin))
+            self.flat.pin(slice(end, None))
         self.homes: dict[int, Tensor] = {}
         visitors = []
-        for block in model.blocks:
-            members = [index[id(p)] for p in block.parameters()]
-            first, last = members[0], members[-1]
-            assert members == list(range(first, last + 1)), "a block's parameters lie side by side"
-            begin, end = self.layout.starts[first], self.layout.slot(last).stop
-            home = self.flat.master[begin:end]
-            if dtype != torch.float32:
-                narrow = side.host(end - begin, dtype)
-                home = narrow.copy_(home)
-            starts = [self.layout.starts[i] - begin for i in members]
-            for i, start in zip(members, starts, strict=True):
-                self.homes[i] = home[start : start + self.layout.sizes[i]]
+        for block, inside in zip(model.blocks, members, strict=True):
+            slots = [self.layout.slot(i) for i in inside]
+            home = homes[slots[0].start - begin : slots[-1].stop - begin]
+            starts = [slot.start - slots[0].start for slot in slots]
+            for i, slot in zip(inside, slots, strict=True):
+                self.homes[i] = homes[slot.start - begin : slot.stop - begin]
             visitors.append(Visitor(block, home, starts, side.device))
         self.stream = Stream(list(model.blocks), visitors, side)
+
+    def fill(self) -> None:
+        """The blocks' parameters move into the masters one by one, so that they are never there twice."""
+        assert isinstance(self.flat, HostState)
+        for index, parameter in enumerate(self.parameters):
+            master = self.flat.master[self.layout.slot(index)]
+            host_memory.fetch(master, parameter.detach().reshape(-1))
+            if id(parameter) in self.visiting:
+                parameter.data = master.view(parameter.shape)
 
     def deliver(self, index: int, part: slice, values: Tensor) -> None:
         if index not in self.homes:

@@ -39,7 +39,7 @@ class Offload(Technique):
 
 @dataclass
 class HostOptimizer(Offload):
-    """ZeRO-Offload: AdamW's fp32 masters and moments live in pinned host memory and step there.
+    """ZeRO-Offload: AdamW's fp32 masters and moments live in host memory and step there.
 
     Paper: Ren et al. 2021, arXiv:2101.06840. Gradients leave as the backward pass makes them, the norm for clipping is
     taken on the way, new parameters come back in pieces of `chunk_mib` while the next piece steps. Whole-model
