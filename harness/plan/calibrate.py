@@ -61,7 +61,7 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
     Raises:
         UserError, KeyError, TypeError, ValueError: it is no record of techniques that are Dyno's own.
     """
-    from dyno.plan import shape_of
+    from dyno.plan import shape_of, with_kept_bytes
 
     config, metrics = record["config"], record["metrics"]
     if config["workload"]["measures"] != "train" or record["status"] != "ok":
@@ -72,6 +72,7 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
     ceilings = record["environment"].get("ceilings") or {}
     kind = "cuda" if record["environment"].get("gpus") and ceilings.get("uuid") else "cpu"
     device = Device(kind, 0, str(record["fingerprint"]["device"]), 0, None, None, 1)
+    shape = with_kept_bytes(recipe, shape, device)
     prints = of_ranks([t for chosen in recipe.techniques.values() for t in chosen], shape, device)
     share = prints[0]
     machine: Machine | None = None
