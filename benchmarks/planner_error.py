@@ -2,7 +2,8 @@
 
     python benchmarks/planner_error.py results/planner [more directories] [--store]
 
-Prints tables, and JSON last: predicted peak against max_memory_allocated, predicted step against the measured one;
+Prints tables, and JSON last: predicted peak against max_memory_allocated, predicted step against the measured one, also
+of all runs whose steps were steady;
 recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran.
 `--store` keeps the calibration for later plans on the device.
 """
@@ -20,6 +21,7 @@ import numpy as np
 
 from dyno.plan import calibrate, corrections
 
+STEADY = 0.05  # of their median, the middle half of a run's steps: others were disturbed while they were timed
 BY = ("precision", "attention", "checkpointing", "compile", "accumulation", "optimizer", "loss", "offload")
 
 
@@ -101,6 +103,10 @@ def main() -> int:
             "calibrated": after["all"],
             "coefficients": {kind: fit.coefficients for kind, fit in fits.items()},
         }
+        steady = [s for s in usable if s.spread <= STEADY]
+        if what == "time" and steady:
+            row = out[what]["steady"] = judged(steady, what, {})["all"]
+            show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["outcomes"] = outcomes(arguments.folders)
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:

@@ -313,6 +313,11 @@ def planner_table(study: Path, drawn: list[Path], published: Path, served: Path,
                 f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
                 f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
             )
+        found = random["time"]["steady"]
+        lines.append(
+            f"| the same as derived, of all whose steps were steady (middle half within 5%) | {found['runs']} | "
+            f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+        )
     for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
             found = json.loads(path.read_text())[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -146,3 +147,13 @@ def test_a_stored_file_that_is_none_is_no_calibration(tmp_path):
     assert corrections.load(NAME) == corrections.Calibration(NAME, records=3)
     path.write_text("[]")
     assert corrections.load(NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "spread"),
+    [({"median": 0.02, "iqr": 0.001}, 0.05), ({"median": 0.02, "iqr": 0.0}, 0.0), ({"median": None, "iqr": None}, math.inf),
+     ({}, math.inf), (None, math.inf)],
+)  # fmt: skip
+def test_how_far_the_steps_of_a_run_lie_apart(times, spread):
+    assert calibrate.spread_of({"windows": {"train": {"step_time_s": times}}}) == pytest.approx(spread)
+    assert calibrate.spread_of({"windows": {}}) == math.inf

@@ -53,6 +53,7 @@ class Sample:
     peak_memory_bytes: float | None
     step_time_s: float | None
     choices: dict[str, Any]
+    spread: float  # of the steps' times: the range of their middle half over their median
 
 
 def sample_of(record: dict[str, Any]) -> Sample | None:
@@ -82,8 +83,15 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
         str(record["id"]), device.name, share.fused,
         memory.fullest(shape, prints, kind),
         time.slowest(shape, prints, machine, kind) if machine else None, share.bubble,
-        value(metrics, "peak_memory_bytes"), value(metrics, "step_time_s"), record["choices"],
+        value(metrics, "peak_memory_bytes"), value(metrics, "step_time_s"), record["choices"], spread_of(record),
     )  # fmt: skip
+
+
+def spread_of(record: dict[str, Any]) -> float:
+    """How far the step times of a training record lie apart; infinite where it does not say."""
+    times = record.get("windows", {}).get("train", {}).get("step_time_s") or {}
+    median, iqr = times.get("median"), times.get("iqr")
+    return float(iqr) / float(median) if median and iqr is not None else float("inf")
 
 
 def value(metrics: dict[str, Any], name: str) -> float | None:
