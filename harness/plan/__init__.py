@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
 CONTEXT_BYTES = 1.3e9  # what NVML shows beside the allocator's: a CUDA context, its libraries, the driver
-SLACK = 0.03  # of the peak, at least, that an allocator has reserved and cannot give out
+SLACK = 0.03  # of the peak that an allocator has reserved and cannot give out
 UNCALIBRATED = {"memory": {False: 0.1, True: 0.3}, "time": {False: 0.5, True: 0.4}}  # relative; eager, compiled
 
 
@@ -67,11 +67,11 @@ class Plan:
     def needed_bytes(self) -> float:
         """What the device must have: the peak, the context, and what the allocator has and cannot give out.
 
-        The latter can be the largest block: once a small tensor has a part of it, it is of no use for its like.
+        Of that may be the largest block: once a small tensor has a part of it, it is of no use for its like.
         """
         if self.device.kind != "cuda":
             return self.peak_memory_bytes * (1 + SLACK)
-        return self.peak_memory_bytes + max(SLACK * self.peak_memory_bytes, self.largest_block_bytes) + CONTEXT_BYTES
+        return self.peak_memory_bytes * (1 + SLACK) + self.largest_block_bytes + CONTEXT_BYTES
 
     @property
     def step_s(self) -> float | None:

@@ -118,15 +118,16 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     }
     gradients = gradient * held * print_.gradient_factor
     before = gradients * print_.earlier_gradients if print_.micro_batches > 1 else 0.0  # of those before this one
-    # Every micro-batch in flight has cast the weights for itself, and its graph keeps them.
+    # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
+    # cast again.
     cast_head = w * head * (1 + print_.kept_losses) if w < stored else 0.0
     cast_blocks = w * (shape.linear_parameters - shape.vocab * shape.hidden) * split if w < stored else 0.0
-    cast = cast_head + cast_blocks * print_.in_flight
+    checkpointed = print_.recompute_blocks > 0
+    cast = cast_head + (0.0 if print_.fused and checkpointed else cast_blocks * print_.in_flight)
 
     block, layers = block_of(shape, print_), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
-    checkpointed = print_.recompute_blocks > 0
     kept = layers * print_.activation_factor * inside
     kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
     kept *= print_.in_flight
