@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WORKER = [sys.executable, "-m", "dyno.worker"]  # and the run's directory
 RESULT = "result.json"
 REQUEST = "request.json"
+RENDEZVOUS = "rendezvous"  # of several ranks
 LOG_TAIL_LINES = 15
 
 # The first run of a command starts plainly: a server would have to import torch just the same. The compiler's
@@ -110,7 +111,7 @@ def run_aside(
                 result = work(recipe, device, aside, progress, held)
             except OSError as error:  # no memory for a process, no space for its request
                 result = {"status": "crashed", "reason": f"the worker could not be started: {error}"}
-        for name in (REQUEST, RESULT):
+        for name in (REQUEST, RESULT, RENDEZVOUS):
             (aside / name).unlink(missing_ok=True)
         out = {
             "schema": record.SCHEMA,

@@ -96,17 +96,19 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
         stage = STAGES[config["workload"]["measures"]]
         metrics, weights = stage(pipeline)
         if bench.FIRST_STEP:
-            pipeline.details["startup"] = bench.startup(request["born"])
             metrics["startup_s"] = Metric(
                 bench.FIRST_STEP[0] - request["born"],
                 "s",
                 source=f"time from the start of the worker to its first measured step; {birth()}",
             )
         ceilings = meter.ceilings()
+        bench.mark("ceilings")
     verdict = meter.validity()
     figures: list[dict[str, Any]] = []
     if ranks > 1:
         metrics, verdict, figures = of_all_ranks(metrics, verdict, device)
+    bench.mark("meters_off")
+    pipeline.details["phases"] = bench.phases(request["born"])
     data = next((a["key"] for a in pipeline.artifacts if a["stage"] == "data"), None)
     result: dict[str, Any] = {
         "status": "ok",

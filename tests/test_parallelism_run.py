@@ -49,6 +49,10 @@ def test_a_pipeline_is_one_record(composed):
 def test_tensor_ranks_are_one_record(composed):
     out = runner.run(composed("parallelism=tensor", "model.vocab_size=258", "workload.steps=3"))
     assert out["status"] == "ok", out["reason"]
+    assert not (Path(out["_path"]) / runner.RENDEZVOUS).exists()
+    phases = out["details"]["phases"]
+    assert {"imports_s", "data_s", "warmup_s", "costs_s", "window_s", "profile_s"} < set(phases)
+    assert sum(phases.values()) < out["duration_s"]
     metrics = out["metrics"]
     assert metrics["activation_bytes"]["value"] > 0 and metrics["recomputed_flops"]["value"] == 0
 

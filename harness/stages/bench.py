@@ -14,16 +14,16 @@ from dyno.measure.window import Meter
 from dyno.record import Metric, unmeasured
 
 FIRST_STEP: list[float] = []  # time.time() at the first step of this process
-MARKS: dict[str, float] = {}  # time.time() when a phase of the start was over
+MARKS: dict[str, float] = {}  # time.time() when a phase of the run was over
 
 
 def mark(phase: str) -> None:
-    """A phase of the start (imports, meters, data, model) is over."""
+    """A phase of the run (imports, meters, data, model, warmup, costs, ...) is over."""
     MARKS.setdefault(phase, time.time())
 
 
-def startup(born: float) -> dict[str, float]:
-    """Seconds of each marked phase, from the birth of the worker on."""
+def phases(born: float) -> dict[str, float]:
+    """Seconds of each marked phase, from the birth of the worker on: what a run's time went to."""
     ends = [born, *MARKS.values()]
     return {f"{phase}_s": round(end - begin, 3) for phase, begin, end in zip(MARKS, ends, MARKS.values(), strict=False)}
 

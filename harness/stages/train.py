@@ -351,7 +351,9 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     bench.mark("model")
     warm = bench.warm_up(meter, trainer.step)
     metrics = warm.metrics
+    bench.mark("warmup")
     metrics |= step_costs(run, trainer, config["seed"])
+    bench.mark("costs")
     trainer.train(max(0, workload["steps"] - trainer.steps), pipeline.progress)
     metrics["train_loss"] = Metric(trainer.mean_loss(), "nats", source=f"step {trainer.steps}")
     if trainer.steps == workload["steps"] or workload["steps"] == 0:
@@ -362,13 +364,16 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
         reason = f"{trainer.steps} steps were taken with warm-up, more than workload.steps={workload['steps']}"
         metrics["validation_loss"] = Metric(None, "nats", 0, reason=reason)
         metrics["perplexity"] = Metric(None, "1", 0, reason=reason)
+    bench.mark("train")
     if pipeline.ranks > 1:
         metrics |= counted_step(trainer)
+        bench.mark("messages")
     pipeline.progress("train: measuring")
     before = trainer.tally
     with meter.window("train") as window:
         for _ in window.steps(warm.steps_to_fill if pipeline.ranks > 1 else None):
             trainer.step()
+    bench.mark("window")
     steps = len(window.step_times_s)
     window.dtype = run.part("matmul_dtype")
     window.tokens = steps * trainer.tokens_per_step
@@ -380,6 +385,7 @@ def measure(pipeline: Pipeline) -> tuple[dict[str, Metric], str]:
     metrics |= seen.metrics(metrics["tokens_per_s"])
     if pipeline.ranks > 1:  # last: a profiler may leave something behind
         metrics |= communication(trainer.step, pipeline.device, run.note)
+        bench.mark("profile")
     total, _ = parameter_counts(model.config)
     metrics["parameters"] = Metric(total, "parameters", source="count")
     if run.part("scaler"):
