@@ -149,8 +149,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, whose overrides may also stand behind an option: argparse alone takes one stretch of them."""
+    top = parser()
+    arguments, late = top.parse_known_args(argv)
+    name = next((name for name in ("overrides", "words") if hasattr(arguments, name)), None)
+    if late and (name is None or any(word.startswith("-") for word in late)):
+        top.error(f"unrecognized arguments: {' '.join(late)}")
+    if name and late:
+        setattr(arguments, name, [*getattr(arguments, name), *late])
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = parsed(argv)
     from dyno.errors import UserError
 
     try:

@@ -117,6 +117,25 @@ def test_no_verb_and_unknown_verb(capsys):
     assert cli.main(["--version"]) == 0 and "dyno " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "words"),
+    [("tune study=quickstart --report r.html study.trials=3", "overrides", ["study=quickstart", "study.trials=3"]),
+     ("claims run ddp-scaling --seconds 60 model=160m", "words", ["run", "ddp-scaling", "model=160m"]),
+     ("plan --tokens 1e9 model=1b", "overrides", ["model=1b"])],
+)  # fmt: skip
+def test_overrides_may_stand_behind_an_option(line, name, words):
+    assert getattr(cli.parsed(line.split()), name) == words
+
+
+@pytest.mark.parametrize(
+    "line", ["table a b", "tune study=quickstart --reprot r.html", "run model=nano --report r.html"]
+)
+def test_what_no_verb_takes_is_a_mistake(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_interrupt_is_exit_code_130(results, capsys, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
