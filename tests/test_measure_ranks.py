@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from dyno.measure.communication import Activity, covered_s
+from dyno.measure.communication import Activity, activity_of, covered_s
 from dyno.measure.together import together
 from dyno.measure.validity import flag, of_ranks
 from dyno.record import Metric, unmeasured
@@ -33,6 +34,37 @@ def test_only_what_nothing_hides_is_exposed():
     seen = Activity(messages, work)
     assert seen.seconds == 10 and seen.messages_s == pytest.approx(3.5) and seen.exposed_s == pytest.approx(2.0)
     assert Activity(messages[:0], work).exposed_s == 0 and Activity(messages[:0], work[:0]).seconds == 0
+
+
+class Event:
+    """A raw event of the profiler, such as torch.autograd.profiler itself reads."""
+
+    def __init__(self, name: str, begin: int, nanoseconds: int, device: str = "CUDA", annotation: bool = False):
+        self.name, self.start_ns, self.duration_ns = (lambda: name), (lambda: begin), (lambda: nanoseconds)
+        self.device_type = lambda: getattr(torch.autograd.DeviceType, device)
+        self.is_user_annotation = lambda: annotation
+
+
+def test_a_profiler_tells_messages_from_work_on_the_device():
+    origin = 1_795_870_319_386_513_000  # nanoseconds since 1970: more digits than a float has
+    found = activity_of([
+        Event("ncclDevKernel_AllReduce_Sum_bf16", origin + 500, 1500), Event("gemm", origin, 1000),
+        Event("Memcpy DtoD", origin + 3000, 1000), Event("step", origin, 9000, annotation=True),
+        Event("cudaLaunchKernel", origin, 9000, "CPU"),
+    ])  # fmt: skip
+    np.testing.assert_allclose(found.work, np.array([[0, 1], [3, 4]]) * 1e-6, atol=1e-12)
+    np.testing.assert_allclose(found.messages, np.array([[0.5, 2.0]]) * 1e-6, atol=1e-12)
+    assert found.exposed_s == pytest.approx(1e-6) and found.seconds == pytest.approx(4e-6)
+    assert activity_of([]).seconds == 0
+
+
+def test_the_profilers_raw_events_can_be_read():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(4).add_(1)
+    events = profile.profiler.kineto_results.events()
+    told = {(e.name(), e.duration_ns() >= 0, e.is_user_annotation(), str(e.device_type())) for e in events}
+    assert ("aten::add_", True, False, "DeviceType.CPU") in told and all(e.start_ns() > 0 for e in events)
+    assert activity_of(events).seconds == 0  # nothing of it ran on a GPU
 
 
 def row(energy: float | None, peak: float) -> dict[str, Metric]:
