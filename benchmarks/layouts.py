@@ -195,7 +195,8 @@ def row_of(key: str, record: dict[str, Any], one: dict[str, Any] | None) -> dict
 
     def first(of: dict[str, Any]) -> list[float]:
         losses = of.get("details", {}).get("train", {}).get("first_losses", [])
-        return losses[:1] if of["choices"]["precision"] == "bf16_stochastic" else losses
+        techniques = Recipe(of["config"], of["choices"]).techniques.values()
+        return losses[:1] if any(t.without_masters for chosen in techniques for t in chosen) else losses
 
     ranks = max(1, len(record["ranks"]))
     rate = value("tokens_per_s")

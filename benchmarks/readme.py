@@ -6,12 +6,13 @@ Text between the markers `<!-- NAME -->` and `<!-- /NAME -->` is generated; noth
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 import layouts
+import planner_layouts
 
+from dyno.recipe import Recipe
 from dyno.record import read_records
 from dyno.show import si
 
@@ -71,26 +72,18 @@ def peer_table(*paths: Path) -> list[str]:
     ]
     for model, gpu in dict.fromkeys((row["model"], row["gpu"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["gpu"]) == (model, gpu)]
-        rates = {name: mean(row["tokens_per_s"] for row in mine if row["variant"] == name) for name in PEERS}
-        for name, label in PEERS.items():
-            some = [row for row in mine if row["variant"] == name]
-            if not some:
-                continue
-            loss = mean(sum(row["losses"][-LAST:]) / LAST for row in some)
-            peak = max(
-                min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in some
-            )  # graphs count twice
+        of = {name: [row for row in mine if row["variant"] == name] for name in PEERS}
+        rates = {name: fmean(row["tokens_per_s"] for row in some) for name, some in of.items() if some}
+        for name, rate in rates.items():
+            loss = fmean(fmean(row["losses"][-LAST:]) for row in of[name])
+            # Under CUDA graphs what left a pool counts twice.
+            peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in of[name])
             lines.append(
-                f"| {model}, {gpu.split()[1]} | {label} | {', '.join(str(row['seed']) for row in some)} | "
-                f"{si(rates[name])} | {rates[name] / rates['transformers compile']:.2f}x | "
-                f"{mean(row['model_flop_per_s'] for row in some) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
+                f"| {model}, {gpu.split()[1]} | {PEERS[name]} | {', '.join(str(row['seed']) for row in of[name])} | "
+                f"{si(rate)} | {rate / rates['transformers compile']:.2f}x | "
+                f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
             )
     return lines
-
-
-def mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else math.nan
 
 
 def layouts_table(where: Path) -> list[str]:
@@ -157,17 +150,19 @@ def checkpointing_table(*places: Path) -> list[str]:
 
 def gate_table(gated: Path, ungated: Path) -> list[str]:
     """One study within as many seconds, with the plan's gate and without it."""
+    first = read_records(gated)[0]
     lines = [
         "",
-        "`dyno tune study=memory_limit`, the fastest step of `model=1b` in 24 GiB of an H200, three runs side by side, both "
-        "within 125 s. The run that the gate let into its limit is one that the plan now refuses: the allocator had the memory "
-        "in pieces.",
+        f"`dyno tune study=memory_limit`, the fastest step of `model={first['choices']['model']}` in "
+        f"{first['config']['measure']['memory_limit_gib']} GiB of a GPU, with the plan's gate and without it for as long a time "
+        "(`results/reference/h200/README.md`). Runs that the gate let into the limit ended for want of memory in one piece, "
+        "for which the plan now leaves room.",
         "",
         "| | refused before a run | ran | out of memory in a run | best |",
         "|---|---|---|---|---|",
     ]
     for label, where in (("the plan refuses", gated), ("everything runs", ungated)):
-        records = list(read_records(where))
+        records = read_records(where)
         refused = [r for r in records if (r["reason"] or "").startswith("predicted")]
         ran, full = ([r for r in records if r["status"] == status] for status in ("ok", "out_of_memory"))
         best = max(ran, key=lambda r: r["metrics"]["tokens_per_s"]["value"])
@@ -188,23 +183,18 @@ def layout_studies(*places: Path) -> list[str]:
     """What `dyno tune study=layout` measured, each model's fastest first."""
     lines = [
         "",
-        "`dyno tune study=layout` on two H200, stopped after 95 s (1b) and 165 s (8b, random rounding):",
+        "`dyno tune study=layout`, broken off early (`results/reference/h200-x2/README.md`):",
         "",
-        "| model | layout | checkpointing | batch | tokens/s | peak memory a GPU |",
-        "|---|---|---|---|---|---|",
+        "| model, GPUs | layout | tokens/s | peak memory a GPU |",
+        "|---|---|---|---|",
     ]
     for where in places:
         records = [r for r in read_records(where) if r["status"] == "ok"]
         for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"]):
-            knobs = record["config"]["parallelism"]
-            degrees = [
-                f"{n}={knobs[n]}" for n in ("dp", "tp", "pp", "cp", "zero") if knobs[n] not in (0, 1) or n == "dp"
-            ]
-            lines.append(
-                f"| {record['choices']['model']} | {' '.join(degrees)} | {record['choices']['checkpointing']} | "
-                f"{record['config']['workload']['batch']} | {cell(record['metrics']['tokens_per_s'])} | "
-                f"{cell(record['metrics']['peak_memory_bytes'])} |"
-            )
+            gpus, layout = planner_layouts.layout_of(Recipe(record["config"], record["choices"]))
+            figures = [cell(record["metrics"][name]) for name in ("tokens_per_s", "peak_memory_bytes")]
+            device = record["fingerprint"]["device"].split()[1]
+            lines.append(f"| {record['choices']['model']}, {gpus} {device} | {layout} | {' | '.join(figures)} |")
     return lines
 
 
@@ -306,6 +296,7 @@ def planner_table(study: Path, drawn: list[Path], published: Path, served: Path,
                 f"{name} of the study above, {label}",
                 [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
             )
+    outcomes = [""]
     for random in (json.loads(path.read_text()) for path in drawn):
         for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
             found, device = random[metric][which], random["device"].split()[1]
@@ -317,6 +308,12 @@ def planner_table(study: Path, drawn: list[Path], published: Path, served: Path,
         lines.append(
             f"| the same as derived, of all whose steps were steady (middle half within 5%) | {found['runs']} | "
             f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+        )
+        ends = random["outcomes"]
+        outcomes.append(
+            f"Of the random recipes on one {device} that the plan let through {ends['feasible_ran']} ran and "
+            f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same "
+            f"{ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
         )
     for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
@@ -335,7 +332,7 @@ def planner_table(study: Path, drawn: list[Path], published: Path, served: Path,
         lines.append(
             f"| {label} of the served runs above | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
         )
-    return lines
+    return [*lines, *outcomes]
 
 
 def main() -> None:

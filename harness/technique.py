@@ -146,6 +146,11 @@ class Footprint:
     bubble: float = 0.0
     ranks: int = 1
 
+    @property
+    def steps_narrow(self) -> bool:
+        """Whether the optimizer reads 16-bit weights and gradients as they are, and widens no copy of them."""
+        return self.one_pass_step and self.master_bytes > 0
+
 
 def combined(prints: Iterable[Footprint]) -> Footprint:
     """All techniques' shares as one, each field by the rule that its default states."""

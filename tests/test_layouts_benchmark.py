@@ -9,6 +9,7 @@ import pytest
 
 from dyno.measure.environment import Device
 from dyno.plan import predict, reasons
+from dyno.recipe import compose
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layouts  # noqa: E402
@@ -54,8 +55,10 @@ def test_strong_cells_keep_the_batch_and_weak_ones_the_rows_a_gpu():
 
 
 def record(losses: list[float], ranks: int, rate: float, precision: str = "bf16") -> dict:
+    recipe = compose([f"precision={precision}"])
     return {
-        "choices": {"precision": precision}, "status": "ok", "reason": None, "ranks": [{}] * ranks if ranks > 1 else [],
+        "config": recipe.config, "choices": recipe.choices, "status": "ok", "reason": None,
+        "ranks": [{}] * ranks if ranks > 1 else [],
         "metrics": {"tokens_per_s": {"value": rate}}, "details": {"train": {"first_losses": losses}},
     }  # fmt: skip
 
@@ -69,6 +72,7 @@ def test_a_row_is_a_gpus_share_and_its_losses_are_held_to_one_gpu():
     assert layouts.row_of("deep/ddp", *rounded)["loss_apart"] == pytest.approx(0.001 / 3)  # only before a step
     assert layouts.row_of("160m/weak1", one, two)["loss_apart"] is None  # it took another batch
     failed = {
+        "config": one["config"],
         "choices": one["choices"],
         "status": "crashed",
         "reason": "rank 1",

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import gc
-import importlib
-import json
 import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +12,6 @@ import pytest
 import tiny
 import torch
 
-from dyno import host_memory
 from dyno.errors import RunFailure, Unsupported, UserError
 from dyno.measure.environment import Device
 from dyno.plan import predict
@@ -346,54 +340,6 @@ def test_a_piece_looks_at_its_own_parameters_only():
             assert not wanted & {n for i in range(6) for n in range(*layout.slot(i).indices(layout.numbers))}
 
 
-# Host memory
-
-
-class Runtime:
-    """A CUDA runtime that notes what is locked, and reads it when it is unlocked."""
-
-    def __init__(self, error=0):
-        self.error, self.locked, self.read = error, {}, []
-
-    def cudaHostRegister(self, begin, size, flags):
-        self.locked[begin] = size
-        return self.error
-
-    def cudaHostUnregister(self, begin):
-        self.read.append(ctypes.string_at(begin, self.locked.pop(begin)))
-
-
-@pytest.fixture
-def runtime(monkeypatch):
-    made = Runtime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return made
-
-
-def test_pages_are_locked_to_the_byte_and_unlocked_before_their_memory_goes(runtime):
-    whole = host_memory.zeros(5000)
-    assert whole.data_ptr() % 4096 == 0 and not whole.any()
-    whole.fill_(1)
-    host_memory.pin(whole[:1025])
-    host_memory.pin(whole[4096:])
-    assert list(runtime.locked.values()) == [8192, 4096]
-    view = whole.view(50, 100)[1]
-    del whole
-    gc.collect()
-    assert len(runtime.locked) == 2 and view.sum() == 100
-    del view
-    gc.collect()
-    assert not runtime.locked and sorted(len(b) for b in runtime.read) == [4096, 8192]
-    assert {b[:4] for b in runtime.read} == {np.float32(1).tobytes()}
-
-
-def test_memory_that_cannot_be_pinned_is_a_typed_failure(runtime):
-    runtime.error = 2
-    with pytest.raises(RunFailure, match=r"0\.0 GiB of host memory cannot be pinned: CUDA error 2"):
-        host_memory.pin(host_memory.zeros(5))
-
-
 @pytest.mark.parametrize(("option", "case"), [(o, c) for o in STATES for c in ("plain", "bf16")])
 def test_only_what_travels_is_pinned(option, case, tmp_path, monkeypatch):
     pinned = []
@@ -409,55 +355,6 @@ def test_only_what_travels_is_pinned(option, case, tmp_path, monkeypatch):
         masters -= 2 * inside  # blocks travel as 16 bits, and their masters not at all
     assert sum(t.nbytes for t in pinned) == 4 * numbers + masters
     assert not any(t.dtype == torch.bfloat16 for t in pinned) or option == "parameters"
-
-
-def test_a_model_drawn_module_by_module_is_whole():
-    config = tiny.config(tied_embeddings=True, qk_norm=True)
-    model = train.drawn_on_device(config, 3, tiny.CPU, tiny.CPU)
-    assert model.lm_head.weight is model.embed.weight and not any(p.is_meta for p in model.parameters())
-    assert model.blocks[1].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert torch.equal(model.norm.weight, torch.ones(32))
-    assert torch.equal(model.inverse_frequency, tiny.model().inverse_frequency)
-    assert model(tiny.tokens(1, 5)).isfinite().all()
-
-
-def test_a_drawn_model_moves_to_another_home_as_it_is(monkeypatch):
-    config, moved = tiny.config(tied_embeddings=True), []
-    wanted = train.drawn_on_device(config, 3, tiny.CPU, tiny.CPU)
-    monkeypatch.setattr(host_memory, "copied", lambda w: moved.append(w) or w.clone())
-    found = train.drawn_on_device(config, 3, tiny.CPU, torch.device("cpu", 0))  # not the same to a comparison
-    assert len(moved) == len(list(wanted.parameters())) and found.lm_head.weight is found.embed.weight
-    for one, other in zip(wanted.parameters(), found.parameters(), strict=True):
-        assert torch.equal(one, other) and one.requires_grad == other.requires_grad
-
-
-# The benchmark of the largest model
-
-
-@pytest.fixture
-def largest_model(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("largest_model")
-
-
-def test_a_probe_says_how_long_its_phases_took_also_if_it_does_not_end(largest_model, monkeypatch, capsys):
-    words = ["model=nano", "workload=train", "workload.batch=2", "workload.seq=16", "offload=parameters"]
-    row = largest_model.probe(words, 2, 1.0, 1)
-    phases = ["import_s", "build_s", "prepare_s", "first_step_s"]
-    printed = capsys.readouterr().out
-    assert row["fits"] and [len(json.loads(line)) for line in printed.splitlines()] == [3, 5, 6, 7]
-    assert largest_model.last_row(printed) == {k: row[k] for k in ("layers", "gib", "parameters", *phases)}
-
-    def late(command, **options):
-        raise subprocess.TimeoutExpired(command, options["timeout"], output=printed[:-40].encode())
-
-    given = SimpleNamespace(gib=1.0, steps=1, overrides=words[:-1], timeout=9.0)
-    monkeypatch.setattr(subprocess, "run", late)
-    cut = largest_model.probed("parameters", 2, given)
-    assert not cut["fits"] and cut["reason"] == "no end after 9 s"
-    assert [p for p in phases if p in cut] == phases[:3]
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="", stderr="killed\n"))
-    assert largest_model.probed("parameters", 2, given)["reason"] == "died: killed"
 
 
 # On a GPU: the same weights, and memory that is really gone

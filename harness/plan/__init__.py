@@ -69,9 +69,8 @@ class Plan:
 
         Of that may be the largest block: once a small tensor has a part of it, it is of no use for its like.
         """
-        if self.device.kind != "cuda":
-            return self.peak_memory_bytes * (1 + SLACK)
-        return self.peak_memory_bytes * (1 + SLACK) + self.largest_block_bytes + CONTEXT_BYTES
+        beside = self.largest_block_bytes + CONTEXT_BYTES if self.device.kind == "cuda" else 0.0
+        return self.peak_memory_bytes * (1 + SLACK) + beside
 
     @property
     def step_s(self) -> float | None:

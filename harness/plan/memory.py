@@ -193,7 +193,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "temporaries": copies * embedding + narrow_head,
     }
     largest = max(embedding, gradient * one) if kind != "cuda" else 0.0  # fused steps work in place
-    wide = 0.0 if print_.master_bytes and print_.one_pass_step else print_.step_bytes
+    wide = 0.0 if print_.steps_narrow else print_.step_bytes
     wide *= print_.width_factor * print_.optimizer_factor  # of the shards that this rank steps
     return {
         "forward end": forward,

@@ -91,10 +91,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
     unfused = keeps_scores(shape, print_)
     if unfused:
-        wide = TF32_SCORES * flop_per_s if dtype == "tf32" else machine.matmul["fp32"]
-        whole = (
-            4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else max(wide, machine.matmul["fp32"]))
-        )
+        wide = max(rates["fp32"], TF32_SCORES * flop_per_s if dtype == "tf32" else 0.0)
+        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else wide)
         attention = whole * (3 + again)
         scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
     else:
@@ -127,7 +125,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     weights *= (2 * (stored + w) if w < stored else 0.0) + (3 * gradient if micro > 1 else 0.0)
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
-    moved += 0.0 if print_.master_bytes and print_.one_pass_step else print_.step_traffic
+    moved += 0.0 if print_.steps_narrow else print_.step_traffic
     optimizer = mine * moved / machine.memory
 
     kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]

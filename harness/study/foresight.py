@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dyno.errors import UserError
 from dyno.plan import Plan, predict
 from dyno.study.settings import Settings
 from dyno.study.space import Value
@@ -37,22 +36,23 @@ def best(settings: Settings, progress: Callable[[str], None]) -> list[Point]:
         return []
     rng = random.Random(settings.sampler.get("seed"))
     waiting = rng.sample(every, min(SAMPLE, len(every)))
-    seen: list[Point] = []
+    tidy = settings.space.tidy
+    seen: set[frozenset[tuple[str, Value]]] = set()  # by what tells points apart
+    grown: set[frozenset[tuple[str, Value]]] = set()
     scored: list[tuple[float, Point]] = []
-    grown: list[Point] = []
     while len(seen) < LOOKED_AT:
         for point in waiting[: LOOKED_AT - len(seen)]:
             progress(f"asking the plan about recipe {len(seen) + 1}, {LOOKED_AT} at most")
-            seen.append(point)
+            seen.add(tidy(point))
             score = _score(settings, objective, point)
             if score is not None:
                 scored.append((score, point))
         scored.sort(key=lambda pair: -pair[0])  # of equals, the one that was met first
-        origin = next((point for _, point in scored if point not in grown), None)
+        origin = next((point for _, point in scored if tidy(point) not in grown), None)
         if origin is None:
             break
-        grown.append(origin)
-        waiting = [p for p in every if p not in seen and _neighbours(p, origin)]
+        grown.add(tidy(origin))
+        waiting = [p for p in every if _neighbours(p, origin) and tidy(p) not in seen]
         rng.shuffle(waiting)
     return [point for _, point in scored[: settings.plan_first]]
 
@@ -61,7 +61,7 @@ def _score(settings: Settings, objective: Objective, point: Point) -> float | No
     """The predicted figure, larger is better; None for a recipe that cannot run or has no prediction."""
     try:
         plan = predict(settings.recipe(settings.trial_overrides(point)), settings.device)
-    except UserError:  # two options that do not go together
+    except Exception:  # noqa: BLE001  options that do not go together, or a plug-in's own: the trial that meets it tells
         return None
     figure = None if plan.verdict() else FIGURES[objective.metric](plan)
     return figure if figure is None or objective.direction == "maximize" else -figure

@@ -102,12 +102,13 @@ class Loop:
     def foresee(self) -> None:
         """Queue what the plan finds best, inside the gate, once a study."""
         session = self.session
-        if session.foreseen or not session.settings.plan_first:
+        if not session.settings.plan_first:
             return
         with self.gate():
             if session.foreseen:
                 return
-            points = foresight.best(session.settings, self.progress)
+            with self.interrupts.allowed():
+                points = foresight.best(session.settings, self.progress)
             session.queue_foreseen(points)
             if points:
                 self.say(f"the plan's best {len(points)} of the recipes that it was asked about come first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dyno.technique import Footprint, Run, Shape, Technique
@@ -24,6 +24,11 @@ def stepped_together(shape: Shape) -> float:
     return min(float(shape.parameters), max(float(CHUNK), float(shape.vocab * shape.hidden)))
 
 
+def masters(shape: Shape) -> Footprint:
+    """Of fp32 masters of 16-bit weights, which are kept, and of gradients, which are widened for a chunk's step."""
+    return Footprint(master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0)
+
+
 @dataclass
 class Bf16Master(Technique):
     """Weights, gradients and activations in bf16; the optimizer steps on fp32 master weights and rounds them.
@@ -36,9 +41,9 @@ class Bf16Master(Technique):
         return Autocast("bfloat16").unsupported(recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(
-            weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
-            master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0,
+        return replace(
+            masters(shape), weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0,
+            matmul_dtype="bf16",
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape, Technique
-from dyno.techniques.precision.bf16_weights import stepped_together
+from dyno.techniques.precision.bf16_weights import masters
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -50,11 +50,9 @@ class FP8(Technique):
         """
         spared = (3 * shape.hidden + shape.ffn) / (28 * shape.hidden + 8 * shape.ffn)
         sixteen = self.weights == "bfloat16"
-        return Footprint(
+        return replace(
+            masters(shape) if sixteen else Footprint(),
             parameter_bytes=2.0 if sixteen else None,
-            master_bytes=4.0 if sixteen else 0.0,
-            step_bytes=4.0 * stepped_together(shape) if sixteen else 0.0,
-            step_traffic=12.0 if sixteen else 0.0,
             activation_width=2.0,
             activation_factor=1 - spared,
             matmul_dtype="fp8",
