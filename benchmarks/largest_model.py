@@ -165,7 +165,7 @@ def search(variant: str, given: argparse.Namespace) -> None:
             layers = min(cap, max(layers + 1, int(1.25 * layers)))
         else:
             layers = (low + high) // 2
-    limits = {given.most: "--most", cap: "host memory"}
+    limits = {cap: "host memory", given.most: "--most"}  # where both are one, the search was cut short
     limit = limits.get(low) or (
         "device memory" if high - low <= 1 else f"--probes: {low + 1} to {high - 1} layers untried"
     )
