@@ -48,7 +48,8 @@ class Footprint:
     False: any of them is enough.
 
     Widths are bytes of one number: `weight_bytes` of a matrix weight as it is served; `parameter_bytes`,
-    `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training, `activation_width`.
+    `gradient_bytes` and `optimizer_bytes` (all of its state) of a parameter in training, `activation_width`; `cast_bytes` of
+    a block's weight as its products keep it, where not of an activation's width.
     `matmul_dtype` names the format of the matrix products, `wide_dtype` that of head and attention where it is another, and
     `matmul_gain` how much faster the former are where no ceiling of theirs was measured.
 
@@ -59,13 +60,15 @@ class Footprint:
     `head_factor` whether this rank has the head (pipeline), `in_flight` the micro-batches whose activations it keeps at once,
     `host_factor` the host's time in an eager step. `logits_rows`: tokens whose logits are in memory, where not all;
     `loss_copies` of them, in fp32, at the loss's fullest moment, where not 3, and `loss_passes` over them, of an
-    activation's width, in all of the loss, where it is not PyTorch's; beside them, of other micro-batches,
+    activation's width, in all of the loss, where it is not PyTorch's, which may be `loss_in_place`: the logits become their
+    gradient at once, and the head's waits; beside them, of other micro-batches,
     `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width; and
     `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
     Amounts. `master_bytes` a parameter of a wider copy; of the wide copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
-    `one_pass_step`; `boundaries`: block inputs kept instead of the blocks' insides; `recompute_blocks` whose inside the
+    `one_pass_step`; `block_bytes` a token that a block keeps beside what 16 or 32 bits do; `boundaries`: block inputs kept
+    instead of the blocks' insides, of which `boundary_factor` stays on the device; `recompute_blocks` whose inside the
     backward pass makes again and holds at once, `blocks_again`, the share of the blocks whose forward pass it runs again;
     `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, `host_updates`, parameters that
     the host steps, and `host_activations`, numbers a token that go there and come back; what a rank sends to others
@@ -88,6 +91,7 @@ class Footprint:
     gradient_bytes: float | None = None
     optimizer_bytes: float | None = None
     activation_width: float | None = None
+    cast_bytes: float | None = None
     matmul_dtype: str | None = None
     wide_dtype: str | None = None
     matmul_gain: float | None = None
@@ -103,6 +107,7 @@ class Footprint:
     layer_factor: float = 1.0
     width_factor: float = 1.0
     activation_factor: float = 1.0
+    boundary_factor: float = 1.0
     logits_factor: float = 1.0
     head_factor: float = 1.0
     earlier_gradients: float = 1.0
@@ -120,12 +125,14 @@ class Footprint:
     skips_documents: bool = False
     fused: bool = False
     fused_loss: bool = False
+    loss_in_place: bool = False
     one_pass_step: bool = False
     kept_losses: float = 0.0
     kept_outputs: float = 0.0
     master_bytes: float = 0.0
     step_bytes: float = 0.0
     step_traffic: float = 0.0
+    block_bytes: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0
     blocks_again: float = 0.0

@@ -52,17 +52,19 @@ def block_of(shape: Shape, print_: Footprint) -> Block:
     norm = 2 * w * h + FP32 if print_.fused else (FP32 + 2 * w) * h + FP32
     mlp = (3 if print_.fused else 4) * w * f
     matrix = shape.heads * shape.seq
-    scores = (FP32 + (w if mixed and print_.score_copy else 0.0)) * matrix if unfused else 0.0
+    # Compiled by the block, the copy is made again from the fp32 scores (two H200 records); as a whole it is kept.
+    copied = mixed and print_.score_copy and (print_.fused_loss or not print_.fused)
+    scores = (FP32 + (w if copied else 0.0)) * matrix if unfused else 0.0
     done = mlp + norm  # of this block, when the backward pass reaches attention; not yet kept in the forward pass
     if unfused:
-        moment = 2 * FP32 * matrix - (w * matrix if mixed and print_.score_copy else 0.0)
+        moment = 2 * FP32 * matrix - (w * matrix if copied else 0.0)
         forward = FP32 * matrix
     else:
         moment = w * (2 * width + 2 * max(width, keys)) + FP32 * width
         forward = 0.0
     qk_norms = (norm / h) * (width + keys) if shape.qk_norm else 0.0
     return Block(
-        kept=2 * norm + attention + mlp + qk_norms,
+        kept=2 * norm + attention + mlp + qk_norms + print_.block_bytes,
         scores=scores,
         boundary=w * h,
         mlp=2 * w * f + w * h,
@@ -96,7 +98,37 @@ def logits_of(shape: Shape, print_: Footprint) -> float:
 
 def logits_bytes(shape: Shape, print_: Footprint) -> float:
     """The largest tensor of theirs: in fp32, or of an activation's width where nothing else is made of them."""
-    return (activation_width(print_) if print_.fused_loss else FP32) * logits_of(shape, print_)
+    narrow = print_.fused_loss or print_.loss_in_place
+    return (activation_width(print_) if narrow else FP32) * logits_of(shape, print_)
+
+
+def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float, float]:
+    """Bytes of head and loss at the fullest moments of their forward pass and of their backward.
+
+    Counted off `kernels/linear_cross_entropy.py`: a chunk's tensors live until the next one's take their names.
+    """
+    w, logits = activation_width(print_), logits_of(shape, print_)
+    mixed = w < FP32
+    if print_.logits_rows is None:
+        if print_.fused_loss:
+            return w * logits, w * logits
+        # The logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
+        copies = 3.0 if print_.loss_copies is None else print_.loss_copies
+        return (2 * FP32 + (w if mixed else 0.0)) * logits, FP32 * copies * logits
+    tokens = shape.batch * shape.seq * print_.batch_factor
+    many = tokens > print_.logits_rows
+    head = shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
+    narrow, states = w * head if w < stored else 0.0, w * tokens * shape.hidden  # the head cast; a gradient of its input
+    if print_.loss_in_place:
+        sums = stored if stored == w < FP32 and not many else FP32  # what the head's gradient is added up in
+        waiting = sums * head + states
+        return (1 + many) * w * logits + waiting + narrow, waiting + sums * head + (stored * head if stored < sums else 0.0)
+    if print_.fused_loss:
+        return w * logits + narrow, w * logits + narrow + FP32 * head + states
+    chain = 2 * FP32 + (w if mixed or many else 0.0)  # the slopes: two of a chain in fp32, and what the last one left
+    adding = w * logits + (2 * FP32 + w) * head  # the sum of the head's gradient, out of place
+    forward = (2 * FP32 + (w if mixed and many else 0.0)) * logits + narrow
+    return forward, max(chain * logits + FP32 * head, adding) + narrow + states
 
 
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
@@ -119,17 +151,20 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     gradients = gradient * held * print_.gradient_factor
     before = gradients * print_.earlier_gradients if print_.micro_batches > 1 else 0.0  # of those before this one
     # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
-    # cast again.
-    cast_head = w * head * (1 + print_.kept_losses) if w < stored else 0.0
-    cast_blocks = w * (shape.linear_parameters - shape.vocab * shape.hidden) * split if w < stored else 0.0
+    # cast again, and so do products with a cast of their own. A loss in chunks casts the head for itself.
+    narrow = w if w < stored else 0.0
+    block_cast = narrow if print_.cast_bytes is None else print_.cast_bytes  # a number
+    cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
+    cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split * print_.in_flight
     checkpointed = print_.recompute_blocks > 0
-    cast = cast_head + (0.0 if print_.fused and checkpointed else cast_blocks * print_.in_flight)
+    again = checkpointed and (print_.fused or print_.cast_bytes is not None)
+    cast = cast_head + (0.0 if again else cast_blocks)
 
     block, layers = block_of(shape, print_), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
     kept = layers * print_.activation_factor * inside
-    kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
+    kept += print_.boundaries * print_.boundary_factor * print_.layer_factor * block.boundary * tokens
     kept *= print_.in_flight
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
@@ -140,21 +175,19 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
     recomputed = print_.recompute_blocks * inside
-    cast_kept = 0.0 if not cast else w * segment * one if checkpointed else cast - w * head
+    cast_kept = block_cast * segment * one if checkpointed else cast_blocks
 
     logits = logits_of(shape, print_)
-    # Eager: the logits, in fp32, their log-softmax; then the log-softmax, its gradient and the loss's, all in fp32.
-    loss_bytes = FP32 * (3.0 if print_.loss_copies is None else print_.loss_copies)
-    logits_forward, logits_backward = (w, w) if print_.fused_loss else (2 * FP32 + (w if mixed else 0.0), loss_bytes)
+    loss_forward, loss_backward = loss_moments(shape, print_, stored)
     others = logits * (FP32 * print_.kept_losses + w * print_.kept_outputs)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
     forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
-        alive | {"logits": logits_forward * logits + others, "cast weights": cast},
-        alive | {"logits": logits_backward * logits + others, "cast weights": cast_head if checkpointed else cast},
+        alive | {"logits": loss_forward + others, "cast weights": cast},
+        alive | {"logits": loss_backward + others, "cast weights": cast_head if checkpointed else cast},
         key=total,
     )
-    exchange = gradient - (w if cast else 0.0)  # a gradient comes, the cast weight goes
+    exchange = gradient - block_cast  # a gradient comes, the cast weight goes
     moments = max(
         block.mlp * per_block + exchange * mlp_share / 3 * print_.gradient_factor,
         block.attention * per_block + exchange * mlp_share * print_.gradient_factor,
@@ -179,13 +212,13 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "activations": (block.boundary if checkpointed else print_.activation_factor * inside / per_block) * tokens,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": w * segment * one if cast else 0.0,
+        "cast weights": block_cast * segment * one,
         "temporaries": max(0.0, moments),
     }
     # A model compiled as a whole hands out all its gradients at its end: beside those of the micro-batches before.
     whole = print_.fused_loss and before > 0
     copies = float(shape.tied) + float(before > 0 and not whole)
-    narrow_head = w * head if whole and shape.tied and cast else 0.0
+    narrow_head = narrow * head if whole and shape.tied else 0.0
     last = {
         **base,
         "gradients": gradients + (before if whole else 0.0),

@@ -62,11 +62,7 @@ class Fused(Chunked):
         return super().unsupported(recipe, device) or triton_missing(device.kind)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """No fp32 copies of the logits: a third of their bytes at most. The head's gradient waits in fp32."""
-        return Footprint(
-            logits_rows=max(0.0, self.rows), logits_factor=1 / 3, extra_bytes=4.0 * shape.vocab * shape.hidden,
-            loss_passes=LOSS_PASSES,
-        )  # fmt: skip
+        return Footprint(logits_rows=max(0.0, self.rows), loss_in_place=True, loss_passes=LOSS_PASSES)
 
     def apply(self, run: Run) -> None:
         from dyno.kernels.linear_cross_entropy import fused_loss

@@ -32,20 +32,13 @@ class HostActivations(Offload):
             return "a graph of the whole model saves all blocks' tensors at once; take compile=off or compile.per_block=true"
         return super().unsupported(recipe, device)
 
-    @property
-    def needs_kept_bytes(self) -> bool:
-        return True
-
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Two blocks are on the way beside those that stay; where blocks keep only their input, as good as none.
-
-        Host bytes are for 32 bits and one micro-batch: at most.
-        """
+        """Two blocks are on the way beside those that stay. Host bytes are for 32 bits and one micro-batch: at most."""
         stay = min(1.0, (self.keep_blocks + 2) / shape.layers)
         gone = (14.0 * shape.hidden + 4.0 * shape.ffn) * max(0, shape.layers - self.keep_blocks)  # numbers a token
         return Footprint(
             activation_factor=stay,
-            recompute_blocks=2.0 * (shape.kept_bytes > 0),
+            boundary_factor=stay,
             host_bytes=4.0 * gone * shape.batch * shape.seq,
             host_activations=gone,
         )

@@ -44,21 +44,21 @@ class FP8(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Inputs of linear layers are kept in a byte, and so is a second copy of the blocks' weights for the backward.
+        """What 16 bits keep, but inputs of linear layers in a byte, and so the blocks' weights for the backward pass.
 
-        In 16 bits a block keeps 28 h + 8 f bytes a token, 2 (3 h + f) of which are those inputs.
+        Attention keeps its output all the same, and values are a part of the product with queries and keys, which stays.
         """
-        spared = (3 * shape.hidden + shape.ffn) / (28 * shape.hidden + 8 * shape.ffn)
+        width, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         sixteen = self.weights == "bfloat16"
         return replace(
             masters(shape) if sixteen else Footprint(),
             parameter_bytes=2.0 if sixteen else None,
             activation_width=2.0,
-            activation_factor=1 - spared,
+            block_bytes=float(width + 2 * (width + keys) - 2 * shape.hidden - shape.ffn),
+            cast_bytes=1.0,
             matmul_dtype="fp8",
             wide_dtype="bf16",
             matmul_gain=GAIN,
-            extra_bytes=float(shape.linear_parameters - shape.vocab * shape.hidden),
         )
 
     def apply(self, run: Run) -> None:
