@@ -65,7 +65,7 @@ class Footprint:
     `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width; and
     `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
-    Amounts. `master_bytes` a parameter of a wider copy; of the wide copies that the optimizer's step makes of weights and
+    Amounts. `master_bytes` a parameter of a wider copy; of the copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
     `one_pass_step`; `block_bytes` a token that a block keeps beside what 16 or 32 bits do; `boundaries`: block inputs kept
     instead of the blocks' insides, of which `boundary_factor` stays on the device; `recompute_blocks` whose inside the

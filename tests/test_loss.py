@@ -147,12 +147,17 @@ def test_the_technique_says_where_it_does_not_run_and_what_it_saves(tmp_path):
     def logits(*shares: Footprint) -> float:
         return memory.training(shape, combined(shares), "cuda")["loss"]["logits"]
 
-    whole, chunked = logits(), logits(Chunked(2048).footprint(shape, None))
-    assert chunked == whole / 8 and logits(Fused(2048).footprint(shape, None)) == chunked / 3
-    # As many rows on every rank, however few of the tokens it has.
-    assert logits(Chunked(2048).footprint(shape, None), Footprint(batch_factor=0.5)) == chunked
-    assert logits(Chunked(2048).footprint(shape, None), Footprint(batch_factor=1 / 16)) == chunked / 2
-    assert logits(Chunked(0).footprint(shape, None)) == 0
+    rows, head, states = 4.0 * 2048 * 257, 4.0 * 257 * 64, 4.0 * 8 * 2048 * 64  # bytes in fp32
+    chunked, fused = Chunked(2048).footprint(shape, None), Fused(2048).footprint(shape, None)
+    assert logits() == 3 * 8 * rows and logits(chunked) == 3 * rows + head + states
+    assert logits(fused) == 2 * rows + head + states  # a chunk's logits lie there until the next one's are made
+    # As many rows on every rank, however few of the tokens it has; one chunk finds nothing of one before.
+    half, tokens = Footprint(batch_factor=0.5), Footprint(batch_factor=1 / 16)
+    assert logits(chunked, half) == 3 * rows + head + states / 2
+    assert logits(chunked, tokens) == rows + head + states / 16
+    bf16 = Footprint(activation_width=2.0)
+    assert logits(chunked, bf16) == 2.5 * rows + 1.5 * head + states / 2  # the slopes are narrow, and the head is cast
+    assert logits(Chunked(0).footprint(shape, None)) == 3 * head + states
 
 
 def test_losses_are_told_and_checked_as_ever(tmp_path):

@@ -30,6 +30,10 @@ CASES = {
                   "model.vocab_size=1000"], None, 0.05),
     "accumulated": (["precision=bf16", "attention=sdpa_flash", "workload.seq=128", "accumulation=gradients",
                      "model.vocab_size=32000"], flash, 0.03),
+    "chunked": (["precision=bf16", "attention=sdpa_flash", "workload.seq=1024", "loss=chunked",
+                 "model.vocab_size=50304"], flash, 0.01),
+    "one chunk": (["precision=fp32", "attention=sdpa_efficient", "workload.seq=512", "loss=chunked",
+                   "checkpointing=uniform", "model.vocab_size=50304"], expanded, 0.01),
 }  # fmt: skip
 
 
@@ -57,12 +61,12 @@ def test_allocations_count_storages_once_and_give_them_back():
 
 
 def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
-    """119 recorded runs of every kind of recipe: half within 1%, nine in ten within 7%, and 95% within 10%."""
+    """161 recorded runs of every kind of recipe: half within 0.5%, nine in ten within 4%, and 95% within 7%."""
     found = [calibrate.read(RECORDS / gpu / "planner") for gpu in ("h100", "h200")]
     samples = [sample for some, _ in found for sample in some]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
-    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 119
-    assert np.median(errors) < 0.01 and np.quantile(errors, 0.9) < 0.07 and np.quantile(errors, 0.95) < 0.1
+    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 161
+    assert np.median(errors) < 0.005 and np.quantile(errors, 0.9) < 0.04 and np.quantile(errors, 0.95) < 0.07
 
 
 def test_what_ran_out_of_memory_under_a_limit_would_have_been_refused_and_what_ran_would_not():

@@ -18,6 +18,7 @@ import numpy as np
 
 from dyno.errors import UserError
 from dyno.measure.environment import Device
+from dyno.measure.hardware import resolve
 from dyno.plan import memory, time
 from dyno.plan.corrections import (
     MEMORY_GROUPS,
@@ -78,7 +79,7 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
     share = prints[0]
     machine: Machine | None = None
     with contextlib.suppress(KeyError):
-        machine = from_ceilings(ceilings, config["hardware"])
+        machine = from_ceilings(ceilings, resolve(config["hardware"], kind, device.name))
     return Sample(
         str(record["id"]), device.name, share.fused,
         memory.fullest(shape, prints, kind),

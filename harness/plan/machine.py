@@ -16,8 +16,9 @@ from dyno.plan.links import Link
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
-REACHED = {"matmul": 0.75, "memory": 0.88}  # of a data sheet's peaks, by large products and copies (one H100)
+REACHED = {"matmul": 0.75, "memory": 0.88, "host": 0.55}  # of a data sheet's peaks, by products and copies (one H100)
 UNSTATED_LINK = Link(200e9, 5e-6)  # where the hardware states none between its devices
+UNSTATED_HOST = 25e9  # byte/s: PCIe 4 x16, as copies from pinned memory reach it
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 
 
@@ -30,7 +31,7 @@ class Machine:
     memory: float
     power_w: float | None
     source: str
-    host_bytes_per_s: float = 25e9  # one way over PCIe 4 x16, as copies from pinned memory reach it
+    host_bytes_per_s: float = UNSTATED_HOST  # one way
     link: Link = UNSTATED_LINK
 
 
@@ -39,11 +40,17 @@ def link_of(hardware: Mapping[str, Any]) -> Link:
     return Link(float(node["byte_per_s"]), float(node["latency_s"])) if node else UNSTATED_LINK
 
 
+def host_of(hardware: Mapping[str, Any]) -> float:
+    host = hardware.get("host")
+    return REACHED["host"] * float(host["byte_per_s"]) if host else UNSTATED_HOST
+
+
 def from_ceilings(found: Mapping[str, Any], hardware: Mapping[str, Any]) -> Machine:
     """From the probe's figures, as a record's environment or the cache keeps them."""
     return Machine(
         dict(found["matrix_flop_per_s"]), float(found["copy_byte_per_s"]), hardware.get("power_limit_w"),
-        f"measured by the probe, {found.get('created', 'undated')}", link=link_of(hardware),
+        f"measured by the probe, {found.get('created', 'undated')}",
+        host_of(hardware), link_of(hardware),
     )  # fmt: skip
 
 
@@ -71,4 +78,4 @@ def machine_of(device: Device, hardware: Mapping[str, Any]) -> Machine | None:
     if not matmul:
         return None
     power_w = stated.get("power_limit_w")
-    return Machine(matmul, REACHED["memory"] * memory, power_w, f"stated: {source}", link=link_of(stated))
+    return Machine(matmul, REACHED["memory"] * memory, power_w, f"stated: {source}", host_of(stated), link_of(stated))

@@ -38,15 +38,15 @@ class Block:
     norm: float
 
 
-def block_of(shape: Shape, print_: Footprint) -> Block:
-    """A block's bytes a token, eager or fused by a compiler, under an attention kernel's habits."""
+def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
+    """A block's bytes a token, eager or fused by a compiler, under an attention kernel's habits on a kind of device."""
     w = activation_width(print_)
     mixed = w < FP32
     h, f, width = shape.hidden, shape.ffn, shape.heads * shape.head_dim
     unfused = keeps_scores(shape, print_)
-    wide = unfused and not print_.score_copy  # PyTorch's own unfused kernel computes in fp32, all heads expanded
+    own = unfused and not print_.score_copy  # PyTorch's own unfused kernel computes in fp32, all heads expanded
     keys = width if print_.expanded_heads else shape.kv_heads * shape.head_dim
-    inputs = 3 * FP32 * width if wide else w * (width + 2 * keys)
+    inputs = 3 * FP32 * width if own else w * (width + 2 * keys)
     attention = inputs + w * width + (0.0 if unfused else FP32 * shape.heads)
     # RMSNorm keeps its input in fp32, the rounded quotient and the product with the weight; fused, input and product.
     norm = 2 * w * h + FP32 if print_.fused else (FP32 + 2 * w) * h + FP32
@@ -57,8 +57,11 @@ def block_of(shape: Shape, print_: Footprint) -> Block:
     scores = (FP32 + (w if copied else 0.0)) * matrix if unfused else 0.0
     done = mlp + norm  # of this block, when the backward pass reaches attention; not yet kept in the forward pass
     if unfused:
-        moment = 2 * FP32 * matrix - (w * matrix if copied else 0.0)
-        forward = FP32 * matrix
+        # Its gradient and that of the scores; CUDA's softmax multiplies its output and its gradient first. A compiler
+        # makes the one from the other in the products' width.
+        wide = w if print_.fused else FP32
+        moment = (3 if kind == "cuda" and not print_.fused else 2) * wide * matrix - (w * matrix if copied else 0.0)
+        forward = wide * matrix
     else:
         moment = w * (2 * width + 2 * max(width, keys)) + FP32 * width
         forward = 0.0
@@ -118,11 +121,16 @@ def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float,
     tokens = shape.batch * shape.seq * print_.batch_factor
     many = tokens > print_.logits_rows
     head = shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
-    narrow, states = w * head if w < stored else 0.0, w * tokens * shape.hidden  # the head cast; a gradient of its input
+    narrow, states = (
+        w * head if w < stored else 0.0,
+        w * tokens * shape.hidden,
+    )  # the head cast; a gradient of its input
     if print_.loss_in_place:
         sums = stored if stored == w < FP32 and not many else FP32  # what the head's gradient is added up in
         waiting = sums * head + states
-        return (1 + many) * w * logits + waiting + narrow, waiting + sums * head + (stored * head if stored < sums else 0.0)
+        return (1 + many) * w * logits + waiting + narrow, waiting + sums * head + (
+            stored * head if stored < sums else 0.0
+        )
     if print_.fused_loss:
         return w * logits + narrow, w * logits + narrow + FP32 * head + states
     chain = 2 * FP32 + (w if mixed or many else 0.0)  # the slopes: two of a chain in fp32, and what the last one left
@@ -134,7 +142,6 @@ def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float,
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     """Phases of a training step: each a table of terms, in bytes. `print_` is all techniques' combined share."""
     w = activation_width(print_)
-    mixed = w < FP32
     split = print_.layer_factor * print_.width_factor
     tokens = shape.batch * shape.seq * print_.batch_factor
     held = shape.parameters * split  # parameters that this rank is responsible for, sharded or not
@@ -160,7 +167,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     again = checkpointed and (print_.fused or print_.cast_bytes is not None)
     cast = cast_head + (0.0 if again else cast_blocks)
 
-    block, layers = block_of(shape, print_), shape.layers * print_.layer_factor
+    block, layers = block_of(shape, print_, kind), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
     kept = layers * print_.activation_factor * inside

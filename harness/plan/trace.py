@@ -58,6 +58,9 @@ class Allocations(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled() and isinstance(args[1], Tensor):
             return args[0]  # the engine adds gradients in place, but for tensor subclasses such as fake ones
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax_backward_data.default:
+            product = torch.empty_like(out)  # CUDA's kernel first multiplies its two inputs
+            self.see(product, str(func))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.see(tensor, str(func))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dyno.techniques.optimizer._local import local, part_like, whole
+from dyno.techniques.optimizer.update_rules import BATCH
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic that is steep at 0 and stays near 1: singular values to 0.7-1.2
-BATCH = 2**26  # elements of matrices of one shape that are orthogonalised together
 
 
 def orthogonalise(x: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:

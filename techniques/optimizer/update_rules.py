@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BETAS = (0.9, 0.95)  # as the plain AdamW
 WEIGHT_DECAY = 0.1
+BATCH = 2**26  # elements of matrices of one shape that Muon orthogonalises together
 
 
 @dataclass
@@ -86,15 +87,24 @@ class Muon(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs."""
+        """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs.
+
+        Matrices of a shape step together: in fp32, and four times in bf16 with as many squares of their smaller side.
+        """
         hidden = shape.linear_parameters - shape.vocab * shape.hidden
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         sizes = [(width, 2), (kv, 2), (shape.ffn, 3)]
         pairs = [(min(shape.hidden, n), max(shape.hidden, n), count) for n, count in sizes]
         flops = shape.layers * self.iterations * sum(n * (4.0 * r * r * c + 2.0 * r**3) for r, c, n in pairs)
         step = 6.0 * shape.linear_parameters * shape.batch * shape.seq
+
+        def together(n: int) -> float:  # bytes of a batch of (n, hidden), of which a layer has two, as gate and up are
+            many = min(2 * shape.layers, max(1, BATCH // (shape.hidden * n)))
+            return many * (12.0 * shape.hidden * n + 8.0 * min(shape.hidden, n) ** 2)
+
         return Footprint(
-            optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + max(0.0, flops) / step
+            optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + max(0.0, flops) / step,
+            step_bytes=max(together(n) for n, _ in sizes),
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:
