@@ -255,8 +255,8 @@ def split_decode_table(where: Path) -> list[str]:
     lines = [
         "",
         f"Decode of `model={records[0]['choices']['model']}` in bf16, split over tensor ranks, prompt {workload['prompt']}, "
-        f"{workload['new_tokens']} new tokens, compiled, without CUDA graphs. A pass of one token is bound by the host, "
-        "which with two ranks has a collective more to launch after attention and MLP of every block.",
+        f"{workload['new_tokens']} new tokens, compiled, without CUDA graphs. The blocks of the two ranks decoded uncompiled: "
+        "a count of messages before the window switched the compiler off, which is mended and not measured again yet.",
         "",
         "| sequences | GPUs | decode tokens/s | time per token | time to first token | peak memory a GPU |",
         "|---|---|---|---|---|---|",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +52,7 @@ KINDS = {
     "_c10d_functional::all_reduce_": Kind("all_reduce", 2, 0, 2.0),
     "_c10d_functional::all_reduce_coalesced": Kind("all_reduce", 2, 0, 2.0),
     "_c10d_functional::all_gather_into_tensor": Kind("all_gather", 2, 0, gathers=True),
+    "_c10d_functional::all_gather_into_tensor_out": Kind("all_gather", 2, 0, gathers=True),
     "_c10d_functional::all_gather_into_tensor_coalesced": Kind("all_gather", 2, 0, gathers=True),
     "_c10d_functional::reduce_scatter_tensor": Kind("reduce_scatter", 3, 0),
     "_c10d_functional::reduce_scatter_tensor_coalesced": Kind("reduce_scatter", 3, 0),
@@ -61,11 +63,16 @@ KINDS = {
 
 
 class Wire(TorchDispatchMode):
-    """Counts the collectives of everything that runs inside, the backward pass included."""
+    """Counts the collectives of everything that runs inside, the backward pass and compiled code included."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[tuple[str, str], list[float]] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Else the compiler would give up what is called inside, and leave it eager for good."""
+        return True
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,7 +80,7 @@ class Wire(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # it turns into collectives on plain tensors, which come here again
         kind = KINDS.get(func._schema.name) if isinstance(func, torch._ops.OpOverload) else None
-        if kind is not None:
+        if kind is not None and not any(issubclass(t, FakeTensor) for t in types):  # a compiler works out shapes
             self._count(kind, args)
         return func(*args, **(kwargs or {}))
 
