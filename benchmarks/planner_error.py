@@ -3,7 +3,7 @@
     python benchmarks/planner_error.py results/planner [more directories] [--store]
 
 Prints tables, and JSON last: predicted peak against max_memory_allocated, predicted step against the measured one, also
-of all runs whose steps were steady;
+of all runs whose steps were steady, and by draw what was planned before the runs;
 recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran.
 `--store` keeps the calibration for later plans on the device.
 """
@@ -66,6 +66,23 @@ def outcomes(folders: list[str]) -> dict[str, int]:
     return out
 
 
+def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
+    """By draw (a recipe's seed): errors of the plan that each record holds, which was made before its run."""
+    errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"memory": [], "time": []})
+    for folder in folders:
+        path = Path(folder) / "done.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
+            row = json.loads(text)
+            if row["status"] != "ok" or row["refused"]:
+                continue
+            record = json.loads((Path(folder) / "runs" / row["id"] / "record.json").read_bytes())
+            for what, name in (("memory", "peak_memory_bytes"), ("time", "step_time_s")):
+                planned = record["plan"].get(name)
+                if planned:
+                    errors[row["key"].split("/")[0]][what].append(planned / record["metrics"][name]["value"] - 1)
+    return {draw: {what: summary(np.array(e)) for what, e in found.items()} for draw, found in errors.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
@@ -107,6 +124,7 @@ def main() -> int:
         if what == "time" and steady:
             row = out[what]["steady"] = judged(steady, what, {})["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
+    out["as_planned"] = as_planned(arguments.folders)
     out["outcomes"] = outcomes(arguments.folders)
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import layouts
 import planner_layouts
+import readme_planner
 
 from dyno.recipe import Recipe
 from dyno.record import read_records
@@ -47,7 +48,7 @@ def study_table(where: Path) -> list[str]:
     return lines
 
 
-LAYOUTS = ("160m", "160m_128k", "1b", "1b_32k", "deep")  # groups of the layouts that are shown
+LAYOUTS = ("160m", "160m_128k", "1b", "1b_8k", "1b_32k", "1b_128k", "deep")  # groups of the layouts that are shown
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
@@ -78,8 +79,9 @@ def peer_table(*paths: Path) -> list[str]:
             loss = fmean(fmean(row["losses"][-LAST:]) for row in of[name])
             # Under CUDA graphs what left a pool counts twice.
             peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in of[name])
+            seeds = ", ".join(map(str, sorted(row["seed"] for row in of[name])))
             lines.append(
-                f"| {model}, {gpu.split()[1]} | {PEERS[name]} | {', '.join(str(row['seed']) for row in of[name])} | "
+                f"| {model}, {gpu.split()[1]} | {PEERS[name]} | {seeds} | "
                 f"{si(rate)} | {rate / rates['transformers compile']:.2f}x | "
                 f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
             )
@@ -90,6 +92,7 @@ def layouts_table(where: Path) -> list[str]:
     """Parallel layouts of two GPUs beside one: what the step takes, what of it waits for messages, and the losses."""
     cells = layouts.read(where)
     shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
+    shown.sort(key=lambda cell: LAYOUTS.index(cell[0].partition("/")[0]))
     rows = {key: layouts.row_of(key, r, cells.get(layouts.reference(key))) for key, r in shown}
     gpu = shown[0][1]["fingerprint"]["device"].split()[1]
     bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
@@ -104,13 +107,36 @@ def layouts_table(where: Path) -> list[str]:
     ]
     for key, record in shown:
         name, row, workload = key.rpartition("/")[2], rows[key], record["config"]["workload"]
-        share = row["communication_share"]
+        share, apart = row["communication_share"], row["loss_apart"]
         lines.append(
             f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
             f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' else format(row['loss_apart'], '.3%')} |"
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' or apart is None else f'{apart:.3%}'} |"
         )
     return lines
+
+
+def largest_table(*paths: Path) -> list[str]:
+    """The largest model that trains in a GPU memory, by what goes to the host."""
+    lines, least = [], 0.0
+    for path in paths:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in sorted((r for r in rows if "largest" in r), key=lambda r: r["parameters"]):
+            least = least or row["parameters"]
+            where = {"device memory": "the GPU", "--most": "not reached"}.get(row["limit"], row["limit"])
+            lines.append(
+                f"| {row['largest']} | {row['parameters'] / 1e9:.2f} B | {row['parameters'] / least:.1f}x | "
+                f"{si(row['tokens_per_s'])} | {si(row['peak_memory_bytes'], 'B')} | {where} | {path.parent.name.upper()} |"
+            )
+    return [
+        "",
+        f"The largest model of the 1b shape's width that trains in {row['gib']:.0f} GiB of GPU memory, by layers, one sequence "
+        "of 2048 tokens a step, every block recomputed (the last is a lower bound, and bound by the host's AdamW):",
+        "",
+        "| offload | parameters | against none | tokens/s | peak memory | limit | GPU |",
+        "|---|---|---|---|---|---|---|",
+        *lines,
+    ]
 
 
 def checkpointing_table(*places: Path) -> list[str]:
@@ -279,62 +305,6 @@ def meter_lines(path: Path) -> list[str]:
     ]
 
 
-def planner_table(study: Path, drawn: list[Path], published: Path, served: Path, split: list[Path]) -> list[str]:
-    """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
-    records = [r for r in read_records(study) if r["status"] == "ok"]
-    lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
-
-    def row(what: str, errors: list[float]) -> None:
-        errors = sorted(abs(e) for e in errors)
-        median = (errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2
-        lines.append(f"| {what} | {len(errors)} | {median:.1%} | {errors[-1]:.1%} |")
-
-    for kind, label in (("off", "eager"), ("on", "compiled")):
-        chosen = [r for r in records if r["choices"]["compile"] == kind]
-        for metric, name in (("peak_memory_bytes", "peak memory"), ("step_time_s", "step time")):
-            row(
-                f"{name} of the study above, {label}",
-                [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
-            )
-    outcomes = [""]
-    for random in (json.loads(path.read_text()) for path in drawn):
-        for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
-            found, device = random[metric][which], random["device"].split()[1]
-            lines.append(
-                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
-                f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
-            )
-        found = random["time"]["steady"]
-        lines.append(
-            f"| the same as derived, of all whose steps were steady (middle half within 5%) | {found['runs']} | "
-            f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
-        )
-        ends = random["outcomes"]
-        outcomes.append(
-            f"Of the random recipes on one {device} that the plan let through {ends['feasible_ran']} ran and "
-            f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same "
-            f"{ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
-        )
-    for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
-        for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
-            found = json.loads(path.read_text())[name]
-            lines.append(
-                f"| {label} of layouts on two {fitted} | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
-            )
-    found = json.loads(published.read_text())["held_out"]
-    lines.append(
-        f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
-        f"{found['median']:.1%} | {found['worst']:.1%} |"
-    )
-    serving = json.loads(served.read_text())
-    for name, label in (("ttft_s", "time to first token"), ("tpot_s", "time per token")):
-        found = serving[name]
-        lines.append(
-            f"| {label} of the served runs above | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
-        )
-    return [*lines, *outcomes]
-
-
 def main() -> None:
     reference, planner = (ROOT / "results" / "reference" / name for name in ("h100", "planner"))
     blocks = {
@@ -342,6 +312,7 @@ def main() -> None:
             *study_table(reference / "quickstart-160m"),
             *peer_table(*(reference.parent / gpu / "training_peers.jsonl" for gpu in ("h100", "h200"))),
             *checkpointing_table(*(reference.parent / gpu / "checkpointing" for gpu in ("h100", "h200"))),
+            *largest_table(*(reference.parent / gpu / "largest_model.jsonl" for gpu in ("h100", "h200"))),
             *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
@@ -351,7 +322,7 @@ def main() -> None:
             *split_decode_table(reference.parent / "h100-x2" / "decode-8b"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
-        "planner": planner_table(
+        "planner": readme_planner.table(
             reference / "quickstart-160m",
             [planner / f"random_recipes_{gpu}.json" for gpu in ("h100", "h200")],
             *(planner / name for name in ("published_runs.json", "serving.json")),

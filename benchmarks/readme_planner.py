@@ -1,0 +1,72 @@
+"""The README's table of what was predicted and what was measured; `benchmarks/readme.py` puts it in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dyno.record import read_records
+
+
+def table(study: Path, drawn: list[Path], published: Path, served: Path, split: list[Path]) -> list[str]:
+    """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
+    records = [r for r in read_records(study) if r["status"] == "ok"]
+    lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
+
+    def row(what: str, errors: list[float]) -> None:
+        errors = sorted(abs(e) for e in errors)
+        median = (errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2
+        lines.append(f"| {what} | {len(errors)} | {median:.1%} | {errors[-1]:.1%} |")
+
+    for kind, label in (("off", "eager"), ("on", "compiled")):
+        chosen = [r for r in records if r["choices"]["compile"] == kind]
+        for metric, name in (("peak_memory_bytes", "peak memory"), ("step_time_s", "step time")):
+            row(
+                f"{name} of the study above, {label}",
+                [r["plan"][metric] / r["metrics"][metric]["value"] - 1 for r in chosen],
+            )
+    outcomes = [""]
+    for random in (json.loads(path.read_text()) for path in drawn):
+        for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
+            found, device = random[metric][which], random["device"].split()[1]
+            lines.append(
+                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
+                f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+            )
+        found = random["time"]["steady"]
+        lines.append(
+            f"| the same as derived, of all whose steps were steady (middle half within 5%) | {found['runs']} | "
+            f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+        )
+        for draw, planned in random["as_planned"].items():
+            if draw != "0":  # the plan was corrected with the first draw in sight
+                for metric, name in (("memory", "peak memory"), ("time", "step time")):
+                    found = planned[metric]
+                    lines.append(
+                        f"| {name} of a fresh draw on one {device}, as planned before its runs | {found['runs']} | "
+                        f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
+                    )
+        ends = random["outcomes"]
+        outcomes.append(
+            f"Of the random recipes on one {device} that the plan let through {ends['feasible_ran']} ran and "
+            f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same "
+            f"{ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
+        )
+    for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
+        for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
+            found = json.loads(path.read_text())[name]
+            lines.append(
+                f"| {label} of layouts on two {fitted} | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+            )
+    found = json.loads(published.read_text())["held_out"]
+    lines.append(
+        f"| throughput of published runs on 8 to 16384 GPUs, those not fitted | {found['runs']} | "
+        f"{found['median']:.1%} | {found['worst']:.1%} |"
+    )
+    serving = json.loads(served.read_text())
+    for name, label in (("ttft_s", "time to first token"), ("tpot_s", "time per token")):
+        found = serving[name]
+        lines.append(
+            f"| {label} of the served runs above | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+        )
+    return [*lines, *outcomes]
