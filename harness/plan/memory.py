@@ -121,16 +121,13 @@ def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float,
     tokens = shape.batch * shape.seq * print_.batch_factor
     many = tokens > print_.logits_rows
     head = shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
-    narrow, states = (
-        w * head if w < stored else 0.0,
-        w * tokens * shape.hidden,
-    )  # the head cast; a gradient of its input
+    narrow = w * head if w < stored else 0.0  # the head cast
+    states = w * tokens * shape.hidden * print_.head_factor  # the gradient of the head's input
     if print_.loss_in_place:
         sums = stored if stored == w < FP32 and not many else FP32  # what the head's gradient is added up in
         waiting = sums * head + states
-        return (1 + many) * w * logits + waiting + narrow, waiting + sums * head + (
-            stored * head if stored < sums else 0.0
-        )
+        scaled = (sums + (stored if stored < sums else 0.0)) * head  # and rounded
+        return (1 + many) * w * logits + waiting + narrow, waiting + scaled
     if print_.fused_loss:
         return w * logits + narrow, w * logits + narrow + FP32 * head + states
     chain = 2 * FP32 + (w if mixed or many else 0.0)  # the slopes: two of a chain in fp32, and what the last one left
