@@ -51,6 +51,7 @@ def study_table(where: Path) -> list[str]:
 LAYOUTS = ("160m", "160m_128k", "1b", "1b_8k", "1b_32k", "1b_128k", "deep")  # groups of the layouts that are shown
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
+    "dyno bf16_master fused tuned": "Dyno, the same with compile.mode=max-autotune",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
