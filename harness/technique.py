@@ -70,8 +70,9 @@ class Footprint:
     `one_pass_step`; `block_bytes` a token that a block keeps beside what 16 or 32 bits do; `boundaries`: block inputs kept
     instead of the blocks' insides, of which `boundary_factor` stays on the device; `recompute_blocks` whose inside the
     backward pass makes again and holds at once, `blocks_again`, the share of the blocks whose forward pass it runs again;
-    `extra_bytes`; `host_bytes`; and a step's `host_traffic_bytes` to and from the host, `host_updates`, parameters that
-    the host steps, and `host_activations`, numbers a token that go there and come back; what a rank sends to others
+    `extra_bytes`; `host_bytes`; `host_traffic_bytes` that leave for the host and `host_weights`, numbers of an activation's
+    width that come from it, in a micro-batch; `host_updates`, parameters that the host steps, while `host_return_bytes` come
+    back, and `host_activations`, numbers a token that go there and come back; what a rank sends to others
     (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's width, and `wire_bytes`), of that
     what the device stands still for (`waited_activations`, `waited_bytes`), and of both what is sent again where all
     blocks run again (`wire_again`, `waited_again`); `host_s`, seconds of the host in an eager step beside its kernels'
@@ -139,6 +140,8 @@ class Footprint:
     extra_bytes: float = 0.0
     host_bytes: float = 0.0
     host_traffic_bytes: float = 0.0
+    host_weights: float = 0.0
+    host_return_bytes: float = 0.0
     host_updates: float = 0.0
     host_activations: float = 0.0
     wire_weights: float = 0.0

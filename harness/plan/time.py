@@ -31,9 +31,7 @@ ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many key
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
 OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
 
-HOST_ADAM = (
-    28 / 1e11
-)  # s a parameter: 28 bytes of weight, moments and gradient, by a server's memory (H100 hosts: 0.27 ns)
+HOST_ADAM = 28 / 1e11  # s a parameter: 28 bytes of weight, moments, gradient by a server's memory (H100 hosts: 0.27 ns)
 TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (four H100 and H200 records)
 
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
@@ -140,13 +138,16 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if away and print_.boundaries:
         away = print_.boundaries * h * tokens
     per_s = LINK_REACHED * machine.link.bytes_per_s
-    link = print_.host_traffic_bytes + 2 * w * micro * away  # out and back
+    link = micro * (
+        print_.host_traffic_bytes + w * print_.host_weights + 2 * w * away
+    )  # activations go out and come back
     return {
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
-        "offload": link / machine.host_bytes_per_s, "host update": HOST_ADAM * print_.host_updates,
+        "offload": link / machine.host_bytes_per_s,
+        "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s),
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class HostParameters(HostOptimizer):
         return super().unsupported(recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Traffic of a micro-batch: every block twice in, every gradient out; and new parameters in."""
+        """Every block comes in twice a micro-batch, as its products take it: nothing of it is cast here."""
         head = shape.vocab * shape.hidden
         block = (shape.linear_parameters - head) / shape.layers
         outside = shape.parameters - shape.layers * block
@@ -45,7 +45,9 @@ class HostParameters(HostOptimizer):
             super().footprint(shape, device),
             parameter_factor=min(1.0, (outside + 2 * block) / shape.parameters),
             host_bytes=(STATE + GRADIENT + 2.0) * shape.parameters,
-            host_traffic_bytes=GRADIENT * (2 * shape.layers * block + shape.parameters + outside),
+            cast_bytes=0.0,
+            host_weights=2 * shape.layers * block,
+            host_return_bytes=GRADIENT * outside,
         )
 
     def apply(self, run: Run) -> None:

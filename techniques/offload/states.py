@@ -69,7 +69,8 @@ class HostOptimizer(Offload):
             gradient_factor=min(1.0, shape.vocab * shape.hidden / shape.parameters),
             extra_bytes=self.chunk_mib * 2.0**20,
             host_bytes=(STATE + GRADIENT) * shape.parameters,
-            host_traffic_bytes=2 * GRADIENT * shape.parameters,
+            host_traffic_bytes=GRADIENT * shape.parameters,
+            host_return_bytes=GRADIENT * shape.parameters,
             host_updates=float(shape.parameters),
         )
 
