@@ -65,6 +65,8 @@ KINDS = {
 class Wire(TorchDispatchMode):
     """Counts the collectives of everything that runs inside, the backward pass and compiled code included."""
 
+    supports_higher_order_operators = True  # which a compiler's capture of recomputation is made of
+
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[tuple[str, str], list[float]] = {}
