@@ -79,8 +79,8 @@ class Footprint:
     launches, `host_again_s` of them in a forward pass, which recomputation repeats; and `bubble`, the idle share of a
     step.
 
-    Habits. `fused`: a compiler fuses elementwise chains, `fused_loss` those of the loss too. Of attention:
-    `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
+    Habits. `keeps_products`: what recomputes keeps every product's output. `fused`: a compiler fuses elementwise chains,
+    `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
     query head has its own copy of its KV head; `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix;
     `attention_rate` of a fused forward pass, as a share of the matrix products'. `document_mask`: rows hold documents
     that see nothing of each other, by a mask of (s, s) in memory unless the attention `skips_documents`; then only
@@ -124,6 +124,7 @@ class Footprint:
     wide_groups_unfused: bool = False
     document_mask: bool = False
     skips_documents: bool = False
+    keeps_products: bool = False
     fused: bool = False
     fused_loss: bool = False
     loss_in_place: bool = False

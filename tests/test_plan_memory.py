@@ -28,6 +28,8 @@ CASES = {
                       "model.vocab_size=300"], flash, 0.05),
     "segments": (["precision=fp32", "attention=math", "workload.seq=512", "checkpointing=sqrt",
                   "model.vocab_size=1000"], None, 0.05),
+    "selective": (["precision=bf16", "attention=math", "workload.seq=1024", "checkpointing=selective",
+                   "model.vocab_size=300"], None, 0.07),
     "accumulated": (["precision=bf16", "attention=sdpa_flash", "workload.seq=128", "accumulation=gradients",
                      "model.vocab_size=32000"], flash, 0.03),
     "chunked": (["precision=bf16", "attention=sdpa_flash", "workload.seq=1024", "loss=chunked",
@@ -61,12 +63,12 @@ def test_allocations_count_storages_once_and_give_them_back():
 
 
 def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
-    """161 recorded runs of every kind of recipe: half within 0.5%, nine in ten within 4%, and 95% within 7%."""
+    """161 recorded runs of every kind of recipe: half within 0.5%, nine in ten within 3%, and 95% within 5%."""
     found = [calibrate.read(RECORDS / gpu / "planner") for gpu in ("h100", "h200")]
     samples = [sample for some, _ in found for sample in some]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
     assert sum(left_out for _, left_out in found) == 0 and len(errors) == 161
-    assert np.median(errors) < 0.005 and np.quantile(errors, 0.9) < 0.04 and np.quantile(errors, 0.95) < 0.07
+    assert np.median(errors) < 0.005 and np.quantile(errors, 0.9) < 0.03 and np.quantile(errors, 0.95) < 0.05
 
 
 def test_what_ran_out_of_memory_under_a_limit_would_have_been_refused_and_what_ran_would_not():

@@ -24,13 +24,14 @@ Phases = dict[str, dict[str, float]]
 class Block:
     """Bytes a token that one transformer block leaves for its backward pass, and what moves inside it.
 
-    `kept` without the score matrix, `scores` of it; `boundary` the block's input; `mlp` and `attention`: the bytes that
-    the backward pass adds (or has already freed, when negative) at its two fullest moments; `forward` the same of the
-    forward pass, inside attention.
+    `kept` without the score matrix, `scores` of it, `product` of it as its product leaves it; `boundary` the block's input;
+    `mlp` and `attention`: the bytes that the backward pass adds (or has already freed, when negative) at its two fullest
+    moments; `forward` the same of the forward pass, inside attention.
     """
 
     kept: float
     scores: float
+    product: float
     boundary: float
     mlp: float
     attention: float
@@ -69,6 +70,7 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
     return Block(
         kept=2 * norm + attention + mlp + qk_norms + print_.block_bytes,
         scores=scores,
+        product=(FP32 if own else w) * matrix if unfused else 0.0,
         boundary=w * h,
         mlp=2 * w * f + w * h,
         attention=moment - done + 2 * w * h,
@@ -167,7 +169,13 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     block, layers = block_of(shape, print_, kind), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
-    kept = layers * print_.activation_factor * inside
+    # Of scores what recomputation keeps is their product with nothing done to it, and all else is made again.
+    kept_inside = print_.activation_factor * inside
+    recomputed = print_.recompute_blocks * inside
+    if print_.keeps_products:
+        kept_inside = (print_.activation_factor * block.kept + block.product) * per_block
+        recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
+    kept = layers * kept_inside
     kept += print_.boundaries * print_.boundary_factor * print_.layer_factor * block.boundary * tokens
     kept *= print_.in_flight
     # The final norm, the tokens and their targets, the rotations of one sequence.
@@ -178,7 +186,6 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     one = (shape.linear_parameters - shape.vocab * shape.hidden) * print_.width_factor / shape.layers  # of a block
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
-    recomputed = print_.recompute_blocks * inside
     cast_kept = block_cast * segment * one if checkpointed else cast_blocks
 
     logits = logits_of(shape, print_)
@@ -213,7 +220,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     first = {
         **base,
         "gradients": max(before, behind - (0.0 if shape.tied else embedding * print_.gradient_factor)),
-        "activations": (block.boundary if checkpointed else print_.activation_factor * inside / per_block) * tokens,
+        "activations": (block.boundary if checkpointed else kept_inside / per_block) * tokens,
         **mask,
         "recomputed inside": recomputed,
         "cast weights": block_cast * segment * one,

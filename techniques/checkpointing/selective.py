@@ -39,7 +39,11 @@ class Selective(Recomputing):
         whole = 8.0 * shape.hidden + 2 * shape.heads * shape.head_dim + kv + 4.0 * shape.ffn  # of a block in 16 bits
         share = numbers / whole
         return Footprint(
-            activation_factor=share, recompute_blocks=max(0.0, 1 - share), blocks_again=1.0, host_factor=HOST
+            activation_factor=share,
+            recompute_blocks=max(0.0, 1 - share),
+            keeps_products=True,
+            blocks_again=1.0,
+            host_factor=HOST,
         )
 
     def apply(self, run: Run) -> None:
