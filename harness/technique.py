@@ -80,11 +80,11 @@ class Footprint:
     step.
 
     Habits. `keeps_products`: what recomputes keeps every product's output. `fused`: a compiler fuses elementwise chains,
-    `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time in the products' type; `expanded_heads`: each
-    query head has its own copy of its KV head; `wide_groups_unfused`: grouped heads in fp32 fall back to the matrix;
-    `attention_rate` of a fused forward pass, as a share of the matrix products'. `document_mask`: rows hold documents
-    that see nothing of each other, by a mask of (s, s) in memory unless the attention `skips_documents`; then only
-    `document_share` of a row's keys are looked at.
+    `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time
+    in the products' type; `expanded_heads`: each query head has its own copy of its KV head; `wide_groups_unfused`: grouped
+    heads in fp32 fall back to the matrix; `attention_rate` of a fused forward pass, as a share of the matrix products'.
+    `document_mask`: rows hold documents that see nothing of each other, by a mask of (s, s) in memory unless the attention
+    `skips_documents`; then only `document_share` of a row's keys are looked at.
     """
 
     weight_bytes: float | None = None
