@@ -63,6 +63,9 @@ def reason(tmp_path, layout, *overrides, on=None):
         (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of PyTorch's flash kernel"),
         (Mesh(cp=4, context="ulysses"), [], "model.kv_heads=2 cannot be split over parallelism.cp=4"),
         (Mesh(cp=2, tp=2, context="ulysses"), [], "parallelism.cp=2 x parallelism.tp=2, which ulysses needs"),
+        (Mesh(tp=2), ["loss=chunked"], "the head is split over ranks: use loss=full"),
+        (Mesh(pp=2), ["loss=fused"], "one stage has the head and the logits: use loss=full"),
+        (Mesh(tp=2), ["precision=fp8"], "multiplies by whole weights, which tensor ranks split"),
         (Mesh(dp=2, zero=3), ["precision=fp16"], "loss scaling looks for overflows in whole gradients"),
     ],
 )  # fmt: skip

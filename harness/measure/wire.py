@@ -51,13 +51,16 @@ KINDS = {
     "_c10d_functional::all_reduce": Kind("all_reduce", 2, 0, 2.0),
     "_c10d_functional::all_reduce_": Kind("all_reduce", 2, 0, 2.0),
     "_c10d_functional::all_reduce_coalesced": Kind("all_reduce", 2, 0, 2.0),
+    "_c10d_functional::all_reduce_coalesced_": Kind("all_reduce", 2, 0, 2.0),
     "_c10d_functional::all_gather_into_tensor": Kind("all_gather", 2, 0, gathers=True),
     "_c10d_functional::all_gather_into_tensor_out": Kind("all_gather", 2, 0, gathers=True),
     "_c10d_functional::all_gather_into_tensor_coalesced": Kind("all_gather", 2, 0, gathers=True),
     "_c10d_functional::reduce_scatter_tensor": Kind("reduce_scatter", 3, 0),
+    "_c10d_functional::reduce_scatter_tensor_out": Kind("reduce_scatter", 3, 0),
     "_c10d_functional::reduce_scatter_tensor_coalesced": Kind("reduce_scatter", 3, 0),
     "_c10d_functional::all_to_all_single": Kind("all_to_all", 3, 0),
     "_c10d_functional::broadcast": Kind("broadcast", 2, 0),
+    "_c10d_functional::broadcast_": Kind("broadcast", 2, 0),
     "_dtensor::shard_dim_alltoall": Kind("all_to_all", 3, 0),
 }
 

@@ -24,7 +24,8 @@ Phases = dict[str, dict[str, float]]
 class Block:
     """Bytes a token that one transformer block leaves for its backward pass, and what moves inside it.
 
-    `kept` without the score matrix, `scores` of it, `product` of it as its product leaves it; `boundary` the block's input;
+    `kept` without the score matrix, `scores` of it, `product` of it as its product leaves it; `inputs` of linear layers that
+    are kept in a narrow format of their own; `boundary` the block's input;
     `mlp` and `attention`: the bytes that the backward pass adds (or has already freed, when negative) at its two fullest
     moments; `forward` the same of the forward pass, inside attention.
     """
@@ -32,6 +33,7 @@ class Block:
     kept: float
     scores: float
     product: float
+    inputs: float
     boundary: float
     mlp: float
     attention: float
@@ -67,8 +69,16 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
         moment = w * (2 * width + 2 * max(width, keys)) + FP32 * width
         forward = 0.0
     qk_norms = (norm / h) * (width + keys) if shape.qk_norm else 0.0
+    linear = 0.0
+    if print_.input_bytes is not None:
+        # Norms' products and the MLP's are kept narrow, and so is attention's output, beside what a fused kernel keeps.
+        linear = (print_.input_bytes - w) * (2 * h + f) + (print_.input_bytes - (w if unfused else 0.0)) * width
+        # Queries, keys and values are one product, which stays whole for its values, unless those are copied.
+        if not own and not (print_.expanded_heads and shape.kv_heads < shape.heads):
+            linear += w * (width + shape.kv_heads * shape.head_dim)
     return Block(
-        kept=2 * norm + attention + mlp + qk_norms + print_.block_bytes,
+        kept=2 * norm + attention + mlp + qk_norms + linear,
+        inputs=(print_.input_bytes or 0.0) * (2 * h + width + f),
         scores=scores,
         product=(FP32 if own else w) * matrix if unfused else 0.0,
         boundary=w * h,
@@ -102,9 +112,15 @@ def logits_of(shape: Shape, print_: Footprint) -> float:
 
 
 def logits_bytes(shape: Shape, print_: Footprint) -> float:
-    """The largest tensor of theirs: in fp32, or of an activation's width where nothing else is made of them."""
+    """The largest tensor of theirs: in fp32, or of an activation's width where nothing else is made of them; or, where
+    they come in chunks, the head's gradient."""
     narrow = print_.fused_loss or print_.loss_in_place
-    return (activation_width(print_) if narrow else FP32) * logits_of(shape, print_)
+    head = (
+        0.0
+        if print_.logits_rows is None
+        else FP32 * shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
+    )
+    return max((activation_width(print_) if narrow else FP32) * logits_of(shape, print_), head)
 
 
 def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float, float]:
@@ -129,13 +145,14 @@ def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float,
         sums = stored if stored == w < FP32 and not many else FP32  # what the head's gradient is added up in
         waiting = sums * head + states
         scaled = (sums + (stored if stored < sums else 0.0)) * head  # and rounded
-        return (1 + many) * w * logits + waiting + narrow, waiting + scaled
+        return (1 + many) * w * logits + waiting + narrow, waiting + states + scaled
     if print_.fused_loss:
         return w * logits + narrow, w * logits + narrow + FP32 * head + states
     chain = 2 * FP32 + (w if mixed or many else 0.0)  # the slopes: two of a chain in fp32, and what the last one left
     adding = w * logits + (2 * FP32 + w) * head  # the sum of the head's gradient, out of place
+    rounding = (2 * FP32 + (stored if stored < FP32 else 0.0)) * head + states  # beside its input's, put together
     forward = (2 * FP32 + (w if mixed and many else 0.0)) * logits + narrow
-    return forward, max(chain * logits + FP32 * head, adding) + narrow + states
+    return forward, max(chain * logits + FP32 * head, adding, rounding) + narrow + states
 
 
 def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
@@ -159,25 +176,26 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
     # cast again, and so do products with a cast of their own. A loss in chunks casts the head for itself.
     narrow = w if w < stored else 0.0
-    block_cast = narrow if print_.cast_bytes is None else print_.cast_bytes  # a number
+    block_cast = 0.0 if print_.visiting_blocks else narrow  # bytes a number; what visits comes as it is used
+    block_cast = block_cast if print_.cast_bytes is None else print_.cast_bytes
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
     cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split * print_.in_flight
     checkpointed = print_.recompute_blocks > 0
-    again = checkpointed and (print_.fused or print_.cast_bytes is not None)
+    again = checkpointed and (print_.fused or (print_.cast_bytes is not None and not print_.keeps_products))
     cast = cast_head + (0.0 if again else cast_blocks)
 
     block, layers = block_of(shape, print_, kind), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
-    # Of scores what recomputation keeps is their product with nothing done to it, and all else is made again.
+    # Where products are kept, of the scores that is QK' unscaled; the rest is made again.
     kept_inside = print_.activation_factor * inside
     recomputed = print_.recompute_blocks * inside
     if print_.keeps_products:
-        kept_inside = (print_.activation_factor * block.kept + block.product) * per_block
+        kept_inside = (print_.activation_factor * block.kept + block.product + block.inputs) * per_block
         recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
     kept = layers * kept_inside
-    kept += print_.boundaries * print_.boundary_factor * print_.layer_factor * block.boundary * tokens
-    kept *= print_.in_flight
+    kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
+    kept *= print_.in_flight * print_.stay_factor
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
     ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
@@ -192,7 +210,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     loss_forward, loss_backward = loss_moments(shape, print_, stored)
     others = logits * (FP32 * print_.kept_losses + w * print_.kept_outputs)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
-    forward = {**alive, "cast weights": cast, "temporaries": max(0.0, block.forward * per_block)}
+    visiting = w * print_.visiting_blocks * one  # while a block computes; none is there when the loss does
+    forward = {**alive, "cast weights": cast + visiting, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
         alive | {"logits": loss_forward + others, "cast weights": cast},
         alive | {"logits": loss_backward + others, "cast weights": cast_head if checkpointed else cast},
@@ -212,7 +231,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "activations": kept + ends,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": cast_kept,
+        "cast weights": cast_kept + visiting,
         "temporaries": max(0.0, moments - block.norm * tokens),
     }
     embedding = gradient * shape.vocab * shape.hidden * print_.width_factor
@@ -220,10 +239,10 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     first = {
         **base,
         "gradients": max(before, behind - (0.0 if shape.tied else embedding * print_.gradient_factor)),
-        "activations": (block.boundary if checkpointed else kept_inside / per_block) * tokens,
+        "activations": block.boundary * tokens if checkpointed else kept_inside,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": block_cast * segment * one,
+        "cast weights": block_cast * segment * one + visiting,
         "temporaries": max(0.0, moments),
     }
     # A model compiled as a whole hands out all its gradients at its end: beside those of the micro-batches before.
@@ -239,6 +258,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     largest = max(embedding, gradient * one) if kind != "cuda" else 0.0  # fused steps work in place
     wide = 0.0 if print_.steps_narrow else print_.step_bytes
     wide *= print_.width_factor * print_.optimizer_factor  # of the shards that this rank steps
+    wide += print_.gathered_step_bytes
     return {
         "forward end": forward,
         "loss": loss,

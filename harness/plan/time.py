@@ -138,9 +138,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if away and print_.boundaries:
         away = print_.boundaries * h * tokens
     per_s = LINK_REACHED * machine.link.bytes_per_s
-    link = micro * (
-        print_.host_traffic_bytes + w * print_.host_weights + 2 * w * away
-    )  # activations go out and come back
+    link = micro * (print_.host_traffic_bytes + w * print_.host_weights + 2 * w * away)  # `away` also comes back
     return {
         "products": calls * (forward * (1 + again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,

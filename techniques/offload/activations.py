@@ -42,8 +42,7 @@ class HostActivations(Offload):
         stay = min(1.0, (self.keep_blocks + 2) / shape.layers)
         gone = (14.0 * shape.hidden + 4.0 * shape.ffn) * max(0, shape.layers - self.keep_blocks)  # numbers a token
         return Footprint(
-            activation_factor=stay,
-            boundary_factor=stay,
+            stay_factor=stay,
             host_bytes=4.0 * gone * shape.batch * shape.seq,
             host_activations=gone,
         )

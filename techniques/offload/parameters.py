@@ -37,15 +37,18 @@ class HostParameters(HostOptimizer):
         return super().unsupported(recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Every block comes in twice a micro-batch, as its products take it: nothing of it is cast here."""
+        """Every block comes in twice a micro-batch, as its products take it: nothing of it is cast here.
+
+        In segments of several recomputed blocks all but the last come a third time, which is not counted.
+        """
         head = shape.vocab * shape.hidden
         block = (shape.linear_parameters - head) / shape.layers
         outside = shape.parameters - shape.layers * block
         return replace(
             super().footprint(shape, device),
-            parameter_factor=min(1.0, (outside + 2 * block) / shape.parameters),
+            parameter_factor=outside / shape.parameters,
+            visiting_blocks=2.0,
             host_bytes=(STATE + GRADIENT + 2.0) * shape.parameters,
-            cast_bytes=0.0,
             host_weights=2 * shape.layers * block,
             host_return_bytes=GRADIENT * outside,
         )

@@ -68,7 +68,6 @@ class HostOptimizer(Offload):
             optimizer_factor=0.0,
             gradient_factor=min(1.0, shape.vocab * shape.hidden / shape.parameters),
             earlier_gradients=0.0,
-            extra_bytes=self.chunk_mib * 2.0**20,
             host_bytes=(STATE + GRADIENT) * shape.parameters,
             host_traffic_bytes=GRADIENT * shape.parameters,
             host_return_bytes=GRADIENT * shape.parameters,

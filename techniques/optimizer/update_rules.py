@@ -89,7 +89,8 @@ class Muon(Technique):
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs.
 
-        Matrices of a shape step together: in fp32, and four times in bf16 with as many squares of their smaller side.
+        Matrices of a shape step together: in fp32, and twice in bf16 with four squares of their smaller side, or four
+        times with one.
         """
         hidden = shape.linear_parameters - shape.vocab * shape.hidden
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -100,11 +101,12 @@ class Muon(Technique):
 
         def together(n: int) -> float:  # bytes of a batch of (n, hidden), of which a layer has two, as gate and up are
             many = min(2 * shape.layers, max(1, BATCH // (shape.hidden * n)))
-            return many * (12.0 * shape.hidden * n + 8.0 * min(shape.hidden, n) ** 2)
+            one, square = float(shape.hidden * n), float(min(shape.hidden, n) ** 2)
+            return many * max(8 * one + 8 * square, 12 * one + 2 * square)
 
         return Footprint(
             optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + max(0.0, flops) / step,
-            step_bytes=max(together(n) for n, _ in sizes),
+            gathered_step_bytes=max(together(n) for n, _ in sizes),
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:

@@ -180,6 +180,11 @@ def neighbours(layout: Mesh, recipe: Recipe) -> Iterator[str]:
         yield f"parallelism.schedule={layout.schedule} runs a backward pass in two halves; a compiled one has one"
     if layout.pp > 1 and recipe.config["accumulation"].get("micro_batches"):
         yield "a pipeline has micro-batches of its own: use parallelism.micro_batches and accumulation=none"
+    if recipe.config["loss"].get("rows") and (layout.tp > 1 or layout.pp > 1):
+        holder = "one stage has the head and the logits" if layout.pp > 1 else "the head is split over ranks"
+        yield f"loss={recipe.option('loss')} makes the logits itself, from the whole head; {holder}: use loss=full"
+    if recipe.config["precision"].get("scaling") and layout.tp > 1:
+        yield f"precision={recipe.option('precision')} multiplies by whole weights, which tensor ranks split; use precision=bf16"
     alone = layout.zero == 0 and layout.tp == layout.pp == layout.cp == 1
     if recipe.config["precision"].get("loss_scaling") and layout.world_size > 1 and not alone:
         yield "loss scaling looks for overflows in whole gradients, which no rank has here; use precision=bf16"

@@ -44,18 +44,14 @@ class FP8(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """What 16 bits keep, but inputs of linear layers in a byte, and so the blocks' weights for the backward pass.
-
-        Attention keeps its output all the same, and values are a part of the product with queries and keys, which stays.
-        """
-        width, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        """What 16 bits keep, but inputs of linear layers in a byte, and so the blocks' weights for the backward pass."""
         sixteen = self.weights == "bfloat16"
         return replace(
             masters(shape) if sixteen else Footprint(),
             parameter_bytes=2.0 if sixteen else None,
             activation_width=2.0,
-            block_bytes=float(width + 2 * (width + keys) - 2 * shape.hidden - shape.ffn),
             cast_bytes=1.0,
+            input_bytes=1.0,
             matmul_dtype="fp8",
             wide_dtype="bf16",
             matmul_gain=GAIN,
