@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +55,34 @@ def judged(samples: list[calibrate.Sample], what: str, fits: dict[str, correctio
     return {name: summary(errors[rows]) for name, rows in groups.items()}
 
 
+def done(folders: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every drawn recipe's line, and the results directory that it is of."""
+    for folder in map(Path, folders):
+        path = folder / "done.jsonl"
+        for text in path.read_text().splitlines() if path.exists() else ():
+            yield folder, json.loads(text)
+
+
 def outcomes(folders: list[str]) -> dict[str, int]:
     """What became of recipes that the plan let through, and of refused ones that ran all the same."""
     out = dict.fromkeys(("feasible_ran", "feasible_out_of_memory", "refused_ran", "refused_out_of_memory", "other"), 0)
-    for folder in folders:
-        path = Path(folder) / "done.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(text)
-            end = {"ok": "ran", "out_of_memory": "out_of_memory"}.get(row["status"])
-            out[f"{'refused' if row['refused'] else 'feasible'}_{end}" if end else "other"] += 1
+    for _, row in done(folders):
+        end = {"ok": "ran", "out_of_memory": "out_of_memory"}.get(row["status"])
+        out[f"{'refused' if row['refused'] else 'feasible'}_{end}" if end else "other"] += 1
     return out
 
 
 def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
     """By draw (a recipe's seed): errors of the plan that each record holds, which was made before its run."""
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"memory": [], "time": []})
-    for folder in folders:
-        path = Path(folder) / "done.jsonl"
-        for text in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(text)
-            if row["status"] != "ok" or row["refused"]:
-                continue
-            record = json.loads((Path(folder) / "runs" / row["id"] / "record.json").read_bytes())
-            for what, name in (("memory", "peak_memory_bytes"), ("time", "step_time_s")):
-                planned = record["plan"].get(name)
-                if planned:
-                    errors[row["key"].split("/")[0]][what].append(planned / record["metrics"][name]["value"] - 1)
+    for folder, row in done(folders):
+        if row["status"] != "ok" or row["refused"]:
+            continue
+        record = json.loads((folder / "runs" / row["id"] / "record.json").read_bytes())
+        for what, name in (("memory", "peak_memory_bytes"), ("time", "step_time_s")):
+            planned = record["plan"].get(name)
+            if planned:
+                errors[row["key"].split("/")[0]][what].append(planned / record["metrics"][name]["value"] - 1)
     return {draw: {what: summary(np.array(e)) for what, e in found.items()} for draw, found in errors.items()}
 
 

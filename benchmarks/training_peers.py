@@ -30,7 +30,6 @@ OURS = ["compile=on", "attention=sdpa_cudnn"]
 MASTER = [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"]
 FUSED = ["loss=fused", "loss.rows=16384"]  # all logits of a step of 8 x 2048 in one chunk
 GRAPHS = ["compile.mode=reduce-overhead"]
-TUNED = ["compile.mode=max-autotune"]  # graphs too; minutes of trying products and block sizes
 FP8 = ["precision=fp8", "precision.weights=bfloat16"]
 VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
@@ -38,7 +37,6 @@ VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16_master": MASTER,
     "dyno bf16_master fused": [*MASTER, *FUSED],
     "dyno bf16_master fused graphs": [*MASTER, *FUSED, *GRAPHS],
-    "dyno bf16_master fused tuned": [*MASTER, *FUSED, *TUNED],
     "dyno fp8": [*OURS, *FP8, "optimizer=adamw_single_pass"],
     "dyno fp8 fused graphs": [*OURS, *FP8, "optimizer=adamw_single_pass", *FUSED, *GRAPHS],
     "transformers compile": {"compile": True},

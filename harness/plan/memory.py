@@ -25,9 +25,9 @@ class Block:
     """Bytes a token that one transformer block leaves for its backward pass, and what moves inside it.
 
     `kept` without the score matrix, `scores` of it, `product` of it as its product leaves it; `inputs` of linear layers that
-    are kept in a narrow format of their own; `boundary` the block's input;
-    `mlp` and `attention`: the bytes that the backward pass adds (or has already freed, when negative) at its two fullest
-    moments; `forward` the same of the forward pass, inside attention.
+    are kept in a narrow format of their own; `boundary` the block's input; `mlp` and `attention`: the bytes that the backward
+    pass adds (or has already freed, when negative) at its two fullest moments; `forward` the same of the forward pass,
+    inside attention.
     """
 
     kept: float

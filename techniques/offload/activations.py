@@ -30,10 +30,14 @@ class HostActivations(Offload):
             return f"offload.min_kib={self.min_kib}, offload.keep_blocks={self.keep_blocks}: neither can be negative"
         if recipe.option("compile") != "off" and not recipe.config["compile"].get("per_block"):
             return "a graph of the whole model saves all blocks' tensors at once; take compile=off or compile.per_block=true"
-        if recipe.option("checkpointing") == "selective" and recipe.option("compile") == "off":
+        from dyno.plan import shape_of
+
+        shape, recomputes = shape_of(recipe), recipe.techniques["checkpointing"]
+        kept = shape is not None and any(t.footprint(shape, device).keeps_products for t in recomputes)
+        if kept and recipe.option("compile") == "off":
             return (
-                "checkpointing=selective keeps products where this does not see them; compile the blocks "
-                "(compile=on compile.per_block=true), or take another checkpointing"
+                f"checkpointing={recipe.option('checkpointing')} keeps products where this does not see them; compile the "
+                "blocks (compile=on compile.per_block=true), or take another checkpointing"
             )
         return super().unsupported(recipe, device)
 

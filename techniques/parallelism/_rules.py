@@ -31,7 +31,7 @@ def reason(layout: Mesh, recipe: Recipe, device: Device) -> str | None:
     for rules in (
         (serving(layout), *here, served_neighbours(layout, recipe)) if measures == "infer"
         else (*here, data(layout, shape), tokens(layout, shape), pipeline(layout, shape, recipe),
-              context(layout, shape, recipe), neighbours(layout, recipe))
+              context(layout, shape, recipe), neighbours(layout, shape, recipe, device))
     ):  # fmt: skip
         wrong = next(rules, None)
         if wrong:
@@ -171,7 +171,7 @@ def context(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
                 yield f"model.{name}={size} cannot be split over parallelism.cp={layout.cp}{over}, which ulysses needs"
 
 
-def neighbours(layout: Mesh, recipe: Recipe) -> Iterator[str]:
+def neighbours(layout: Mesh, shape: Shape, recipe: Recipe, device: Device) -> Iterator[str]:
     """What other axes ask for and a split step cannot give."""
     compiled = recipe.config["compile"]
     if layout.pp > 1 and compiled.get("per_block") is False:
@@ -180,10 +180,11 @@ def neighbours(layout: Mesh, recipe: Recipe) -> Iterator[str]:
         yield f"parallelism.schedule={layout.schedule} runs a backward pass in two halves; a compiled one has one"
     if layout.pp > 1 and recipe.config["accumulation"].get("micro_batches"):
         yield "a pipeline has micro-batches of its own: use parallelism.micro_batches and accumulation=none"
-    if recipe.config["loss"].get("rows") and (layout.tp > 1 or layout.pp > 1):
+    in_chunks = any(t.footprint(shape, device).logits_rows is not None for t in recipe.techniques["loss"])
+    if in_chunks and (layout.tp > 1 or layout.pp > 1):
         holder = "one stage has the head and the logits" if layout.pp > 1 else "the head is split over ranks"
         yield f"loss={recipe.option('loss')} makes the logits itself, from the whole head; {holder}: use loss=full"
-    if recipe.config["precision"].get("scaling") and layout.tp > 1:
+    if layout.tp > 1 and any(t.footprint(shape, device).cast_bytes is not None for t in recipe.techniques["precision"]):
         yield f"precision={recipe.option('precision')} multiplies by whole weights, which tensor ranks split; use precision=bf16"
     alone = layout.zero == 0 and layout.tp == layout.pp == layout.cp == 1
     if recipe.config["precision"].get("loss_scaling") and layout.world_size > 1 and not alone:
