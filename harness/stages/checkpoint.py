@@ -19,6 +19,7 @@ from torch import Tensor
 from dyno.errors import UserError
 from dyno.measure.together import gathered
 from dyno.record import write_json
+from dyno.stages.shards import like, whole
 
 if TYPE_CHECKING:
     from dyno.stages.train import Trainer
@@ -40,9 +41,9 @@ def save(trainer: Trainer, directory: Path) -> Path:
     writes, tensors = run.part("writes"), {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a gather: every rank takes part
+        full = whole(tensor)  # a gather: every rank takes part
         if writes is not None:
-            tensors[name] = whole.detach().cpu().contiguous()
+            tensors[name] = full.detach().cpu().contiguous()
 
     for name, parameter in named(trainer):
         keep(f"weight.{name}", parameter)
@@ -86,19 +87,6 @@ class Reader:
             raise UserError(f"workload.resume={self.path}: {name} cannot be read from {file}: {error}") from error
 
 
-def like(whole: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor on the device and in the shards of a parameter."""
-    whole = whole.to(parameter.device)
-    if not hasattr(parameter, "placements"):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = parameter.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-        placements=parameter.placements
-    )
-
-
 def load(trainer: Trainer, path: Path) -> None:
     """Put a checkpoint's weights, optimizer state, step and place in the data into a fresh trainer."""
     reader, optimizer = Reader(path), trainer.optimizer
@@ -114,11 +102,12 @@ def load(trainer: Trainer, path: Path) -> None:
             shapes = f"{tuple(weight.shape)}, here it is {tuple(parameter.shape)}"
             raise UserError(f"workload.resume={path} has {name} of shape {shapes}: it is of another model")
         with torch.no_grad():
-            parameter.copy_(like(weight, parameter))
+            parameter.copy_(like(weight.to(parameter.device), parameter))
         start = f"state.{name}."
         values = {key.removeprefix(start): reader.tensor(key) for key in known if key.startswith(start)}
         state[places[id(parameter)]] = {
-            key: like(value, parameter) if value.shape == parameter.shape else value for key, value in values.items()
+            key: like(value.to(parameter.device), parameter) if value.shape == parameter.shape else value
+            for key, value in values.items()
         }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if trainer.run.part("scaler") and reader.index["scaler"]:

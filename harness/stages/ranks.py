@@ -15,6 +15,7 @@ from dyno.errors import RunFailure
 from dyno.measure.together import gathered
 from dyno.measure.wire import Wire
 from dyno.record import Metric
+from dyno.stages.shards import local
 
 if TYPE_CHECKING:
     from dyno.stages.train import Trainer
@@ -40,7 +41,7 @@ def same_on_every_rank(tokens: Tensor) -> None:
 
 def local_bytes(tensors: Iterable[Any]) -> int:
     """Bytes that this rank holds of tensors, of which some may be sharded."""
-    parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if isinstance(t, Tensor)]
+    parts = [local(t) for t in tensors if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in parts)
 
 

@@ -26,7 +26,7 @@ from dyno.measure.communication import communication
 from dyno.model.config import ModelConfig, config_of, parameter_counts
 from dyno.model.decoder import Decoder, call_plainly, cast, initial_std, rope_frequencies
 from dyno.record import Metric
-from dyno.stages import activations, bench, checkpoint
+from dyno.stages import activations, bench, checkpoint, shards
 from dyno.stages.batches import Tally, stream_batches
 from dyno.stages.ranks import counted_step
 from dyno.technique import Run
@@ -50,10 +50,7 @@ def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    # Sharded parameters (DTensors) leak under the fused step of torch 2.10 and 2.11 (pytorch#181761).
-    fused = parameters[0].device.type == "cuda" and not hasattr(parameters[0], "to_local")
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    return shards.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Run:
@@ -80,7 +77,7 @@ def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Ru
         sync=lambda is_last: contextlib.nullcontext(),
         local_batch=partial(rows_of_rank, run),
         gradients=partial(accumulate, run),
-        clip=torch.nn.utils.clip_grad_norm_,
+        clip=shards.clip,
         global_loss=partial(mean_over_ranks, run),
         state_dict=lambda: model.state_dict(),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dyno.kernels._adamw8bit import Moment, Rates, empty_moment, step
-from dyno.techniques.optimizer._local import local
+from dyno.stages.shards import local
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dyno.measure.together import gathered
+from dyno.stages.shards import whole
 
 if TYPE_CHECKING:
     from dyno.techniques.parallelism.mesh import Mesh
@@ -65,11 +66,6 @@ class Grid:
         return BLOCK.sub(lambda match: f"blocks.{owned[int(match.group(1))]}.", name)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (its ranks call this together); a plain one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def settle(model: nn.Module) -> None:
     """Bring every gradient to where its weight lies: sums that each rank has a part of are added up, others split.
 
@@ -78,7 +74,9 @@ def settle(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         gradient: Any = parameter.grad
-        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        if not (isinstance(gradient, DTensor) and isinstance(parameter, DTensor)):
+            continue
+        if gradient.placements != parameter.placements:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 

@@ -11,8 +11,9 @@ from torch.distributed import pipelining
 from torch.distributed.tensor import DTensor, Shard
 
 from dyno.model.decoder import Decoder
+from dyno.stages.shards import local, scale_to, squares, whole
 from dyno.technique import Run
-from dyno.techniques.parallelism._grid import Grid, settle, whole
+from dyno.techniques.parallelism._grid import Grid, settle
 from dyno.techniques.parallelism._stages import SCHEDULES, rank_of
 
 
@@ -183,10 +184,6 @@ def untie(grid: Grid, model: Decoder, places: dict[int, int]) -> Any:
     return sum_gradients
 
 
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def clip(grid: Grid, run: Run) -> Any:
     """Clipping by the norm over all stages; a tied weight that two stages hold counts once."""
 
@@ -195,10 +192,10 @@ def clip(grid: Grid, run: Run) -> Any:
         assert model is not None
         twin = model.lm_head.weight if model.config.tied_embeddings and model.lm_head is not None else None
         gradients = [p.grad for p in parameters if p.grad is not None and p is not twin]
-        square = whole(torch.nn.utils.get_total_norm(gradients)) ** 2
+        square = squares(gradients)
         dist.all_reduce(square, group=grid.group("pp"))
         norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        scale_to([p.grad for p in parameters if p.grad is not None], max_norm, norm)
         return norm
 
     return by_norm

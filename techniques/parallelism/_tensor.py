@@ -19,8 +19,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dyno.model.decoder import Decoder
+from dyno.stages.shards import whole
 from dyno.technique import Run
-from dyno.techniques.parallelism._grid import Grid, settle, whole
+from dyno.techniques.parallelism._grid import Grid, settle
 
 
 class Replicated(ParallelStyle):

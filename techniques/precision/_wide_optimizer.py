@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyno.techniques.optimizer._local import local
+from dyno.stages.shards import local
 from dyno.techniques.precision.bf16_weights import CHUNK
 
 PIECE = 2**23  # values that are rounded at once: their noise and its sum take 13 bytes each
