@@ -30,7 +30,7 @@ def values(seed: int) -> list[torch.Tensor]:
 
 def stepped(parameters: list, place) -> list:
     """Norms of some clipped steps of AdamW on the parameters, whose gradients `place` puts where they belong."""
-    optimizer = shards.AdamW(parameters, 1e-2, (0.9, 0.95), 0.1)
+    optimizer = shards.adamw(parameters, 1e-2, (0.9, 0.95), 0.1)
     norms = []
     for step in range(STEPS):
         for p, gradient in zip(parameters, values(step + 1), strict=True):
@@ -50,9 +50,11 @@ def work(rank: int) -> None:
     assert torch.allclose(torch.tensor(norms), torch.tensor(expected), rtol=1e-6)
     for one, other in zip(plain, split, strict=True):
         assert isinstance(other, DTensor) and torch.allclose(shards.whole(other), one, atol=1e-7)
-        moments = shards.AdamW([other], 1e-2, (0.9, 0.95), 0.1)
+        moments = shards.adamw([other], 1e-2, (0.9, 0.95), 0.1)
         other.grad = shards.like(torch.ones_like(one), other)
         moments.step()
+        fused = shards.SplitAdamW([other], lr=1e-2, fused=True)
+        assert not fused._step_supports_amp_scaling  # type: ignore[attr-defined]  # else overflowing steps were taken
         assert moments.state[other]["exp_avg"].placements == other.placements  # as checkpoints write them
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw as functional
 
 
 def is_split(tensor: Any) -> bool:
@@ -86,25 +86,28 @@ def clip(parameters: Sequence[Any], max_norm: float) -> Tensor:
     return norm
 
 
-class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW, fused on a GPU. Of parameters that are split, a rank updates its own parts by the same kernels.
+def adamw(
+    parameters: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """PyTorch's AdamW, fused on a GPU, of parameters that may be split."""
+    parameters = list(parameters)
+    kind = SplitAdamW if any(map(is_split, parameters)) else torch.optim.AdamW
+    return kind(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda")
+
+
+class SplitAdamW(torch.optim.AdamW):
+    """PyTorch's AdamW by the same kernels, on a rank's own parts of its parameters.
 
     Moments are split as their parameters are, and so are checkpoints. PyTorch's fused step of DTensors also leaks in
     its versions 2.10 and 2.11 (pytorch#181761).
     """
 
-    def __init__(self, parameters: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float):
-        parameters = list(parameters)
-        self.split = any(map(is_split, parameters))
-        fused = parameters[0].device.type == "cuda"
-        super().__init__(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
-        if self.split:
-            self._step_supports_amp_scaling = False  # a loss scaler then leaves out a step by itself
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._step_supports_amp_scaling = False  # a loss scaler then leaves out a step by itself
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        if not self.split:
-            return super().step(closure)
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -112,11 +115,10 @@ class AdamW(torch.optim.AdamW):
                     step = torch.zeros((), device=p.device if group["fused"] else "cpu")
                     self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             states = [self.state[p] for p in parameters]
-            adamw(
+            functional(
                 [local(p) for p in parameters], [local(p.grad) for p in parameters],
                 [local(s["exp_avg"]) for s in states], [local(s["exp_avg_sq"]) for s in states], [],
                 [s["step"] for s in states], fused=group["fused"], amsgrad=False, beta1=group["betas"][0],
                 beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
                 maximize=False,
             )  # fmt: skip
-        return None

@@ -50,7 +50,7 @@ def plain_loss(forward: Any, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain_optimizer(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-    return shards.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    return shards.adamw(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def prepared_run(pipeline: Pipeline, model: Decoder, stage: str = "train") -> Run:

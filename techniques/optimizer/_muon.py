@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyno.stages.shards import AdamW, like, local, whole
+from dyno.stages.shards import adamw, like, local, whole
 from dyno.techniques.optimizer.update_rules import BATCH
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic that is steep at 0 and stays near 1: singular values to 0.7-1.2
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         self, matrices: Iterable[nn.Parameter], rest: Iterable[nn.Parameter], lr: float, momentum: float,
         iterations: int, betas: tuple[float, float], weight_decay: float,
     ):  # fmt: skip
-        self.adamw = AdamW(rest, lr, betas, weight_decay)
+        self.adamw = adamw(rest, lr, betas, weight_decay)
         group = {"params": list(matrices), "momentum": momentum, "iterations": iterations}
         super().__init__([group], {"lr": lr, "weight_decay": weight_decay})
         self.param_groups += self.adamw.param_groups  # one dictionary, two owners: a schedule reaches both
