@@ -190,8 +190,8 @@ def apart(losses: list[float], expected: list[float]) -> float | None:
 def row_of(key: str, record: dict[str, Any], one: dict[str, Any] | None) -> dict[str, Any]:
     """What a record says of a layout, a GPU; None where it was not measured."""
 
-    def value(name: str) -> float | None:
-        return record["metrics"].get(name, {}).get("value")
+    def value(name: str, part: str = "value") -> float | None:
+        return record["metrics"].get(name, {}).get(part)
 
     def first(of: dict[str, Any]) -> list[float]:
         losses = of.get("details", {}).get("train", {}).get("first_losses", [])
@@ -208,7 +208,7 @@ def row_of(key: str, record: dict[str, Any], one: dict[str, Any] | None) -> dict
         "step_time_s": value("step_time_s"),
         "mfu": value("mfu"),
         "peak_memory_bytes": value("peak_memory_bytes"),
-        "communication_share": value("communication_share"),
+        "communication_share": value("communication_share", "low"),  # earlier records' value is the ranks' mean
         "wire_bytes": value("wire_bytes"),
         "bus_byte_per_s": value("bus_byte_per_s"),
         "energy_j_per_token": value("energy_j_per_token"),

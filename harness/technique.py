@@ -56,28 +56,30 @@ class Footprint:
     Factors. `parameter_factor`, `gradient_factor` and `optimizer_factor` are the share of the state that stays on the
     device; `batch_factor` the share of the step's tokens that are alive at once, in each of `micro_batches` passes;
     `layer_factor` the share of the layers (pipeline), `width_factor` of the heads and channels (tensor parallel);
-    `activation_factor` the share of a block's inside that the forward pass keeps, `stay_factor` the share of the blocks
-    whose kept tensors are on the device at once, `logits_factor` the same of the logits, `head_factor` whether this rank
-    has the head (pipeline), `in_flight` the micro-batches whose activations it keeps at once, `host_factor` the host's time
-    in an eager step. `logits_rows`: tokens whose logits are in memory, where not all; `loss_copies` of them, in fp32, at
-    the loss's fullest moment, where not 3, and `loss_passes` over them, of an activation's width, in all of the loss, where
-    it is not PyTorch's, which may be `loss_in_place`: the logits become their gradient at once, and the head's waits;
-    beside them, of other micro-batches, `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an
-    activation's width; and `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
+    `activation_factor` the share of a block's inside that the forward pass keeps, `boundary_factor` of its input where
+    that is kept instead, `stay_factor` the share of the blocks whose kept tensors are on the device at once,
+    `logits_factor` the same of the logits, `head_factor` whether this rank has the head (pipeline), `in_flight` the
+    micro-batches whose activations it keeps at once, `host_factor` the host's time in an eager step. `logits_rows`:
+    tokens whose logits are in memory, where not all; `loss_copies` of them, in fp32, at the loss's fullest moment,
+    where not 3, and `loss_passes` over them, of an activation's width, in all of the loss, where it is not PyTorch's,
+    which may be `loss_in_place`: the logits become their gradient at once, and the head's waits; beside them, of other
+    micro-batches, `kept_losses` log-softmaxes and `kept_outputs` logits, or their gradients, of an activation's width;
+    and `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
     Amounts. `master_bytes` a parameter of a wider copy; of the copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
-    `one_pass_step`, and `gathered_step_bytes` of whole weights on every rank; `boundaries`: block inputs kept instead of
-    the blocks' insides; `visiting_blocks` whose weights are on the device, of an activation's width, as long as blocks
-    compute; `recompute_blocks` whose inside the backward pass makes again and holds at once, `blocks_again`, the share of
-    the blocks whose forward pass it runs again; `extra_bytes`; `host_bytes`; `host_traffic_bytes` that leave for the host
-    and `host_weights`, numbers of an activation's width that come from it, in a micro-batch; `host_updates`, parameters
-    that the host steps, while `host_return_bytes` come back, and `host_activations`, numbers a token that go there and come
-    back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of a parameter's and an activation's
-    width, and `wire_bytes`), of that what the device stands still for (`waited_activations`, `waited_bytes`), and of both
-    what is sent again where all blocks run again (`wire_again`, `waited_again`); `host_s`, seconds of the host in an eager
-    step beside its kernels' launches, `host_again_s` of them in a forward pass, which recomputation repeats; and `bubble`,
-    the idle share of a step.
+    `one_pass_step`, and `gathered_step_bytes` of whole weights on every rank; `boundaries`: block inputs kept instead
+    of the blocks' insides; `standing_numbers` of a parameter's width all step long beside weights and gradients, and
+    `gathered_numbers` as long as blocks compute; `visiting_blocks` whose weights are on the device, of an activation's
+    width, for as long; `recompute_blocks` whose inside the backward pass makes again and holds at once, `blocks_again`,
+    the share of the blocks whose forward pass it runs again; `extra_bytes`; `host_bytes`; `host_traffic_bytes` that
+    leave for the host and `host_weights`, numbers of an activation's width that come from it, in a micro-batch;
+    `host_updates`, parameters that the host steps, while `host_return_bytes` come back, and `host_activations`, numbers
+    a token that go there and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of
+    a parameter's and an activation's width, and `wire_bytes`), of that what the device stands still for
+    (`waited_activations`, `waited_bytes`), and of both what is sent again where all blocks run again (`wire_again`,
+    `waited_again`); `host_s`, seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them
+    in a forward pass, which recomputation repeats; and `bubble`, the idle share of a step.
 
     Habits. `keeps_products`: what recomputes keeps every product's output. `fused`: a compiler fuses elementwise chains,
     `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time
@@ -109,6 +111,7 @@ class Footprint:
     layer_factor: float = 1.0
     width_factor: float = 1.0
     activation_factor: float = 1.0
+    boundary_factor: float = 1.0
     stay_factor: float = 1.0
     logits_factor: float = 1.0
     head_factor: float = 1.0
@@ -136,6 +139,8 @@ class Footprint:
     step_bytes: float = 0.0
     step_traffic: float = 0.0
     gathered_step_bytes: float = 0.0
+    standing_numbers: float = 0.0
+    gathered_numbers: float = 0.0
     visiting_blocks: float = 0.0
     boundaries: float = 0.0
     recompute_blocks: float = 0.0

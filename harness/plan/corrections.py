@@ -12,8 +12,8 @@ from dyno.plan.memory import Phases
 from dyno.record import write_json
 
 MEMORY_TERMS = {
-    "weights": "state", "optimizer": "state", "master": "state", "gradients": "state", "cast weights": "cast weights",
-    "activations": "activations", "logits": "logits", "recomputed inside": "recomputed inside",
+    "weights": "state", "optimizer": "state", "master": "state", "gradients": "state", "standing": "state",
+    "cast weights": "cast weights", "activations": "activations", "logits": "logits", "recomputed inside": "recomputed inside",
     "temporaries": "temporaries", "extra": "extra",
 }  # fmt: skip
 MEMORY_GROUPS = tuple(dict.fromkeys(MEMORY_TERMS.values()))

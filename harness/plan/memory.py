@@ -169,6 +169,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "weights": stored * held * print_.parameter_factor,
         "optimizer": state * held * print_.optimizer_factor,
         "master": print_.master_bytes * held * print_.optimizer_factor,
+        "standing": stored * print_.standing_numbers,
         "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES),
     }
     gradients = gradient * held * print_.gradient_factor
@@ -194,7 +195,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         kept_inside = (print_.activation_factor * block.kept + block.product + block.inputs) * per_block
         recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
     kept = layers * kept_inside
-    kept += print_.boundaries * print_.layer_factor * block.boundary * tokens
+    boundary = block.boundary * print_.boundary_factor * tokens
+    kept += print_.boundaries * print_.layer_factor * boundary
     kept *= print_.in_flight * print_.stay_factor
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
@@ -210,7 +212,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     loss_forward, loss_backward = loss_moments(shape, print_, stored)
     others = logits * (FP32 * print_.kept_losses + w * print_.kept_outputs)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
-    visiting = w * print_.visiting_blocks * one  # while a block computes; none is there when the loss does
+    # While a block computes; none is there when the loss does.
+    visiting = w * print_.visiting_blocks * one + stored * print_.gathered_numbers
     forward = {**alive, "cast weights": cast + visiting, "temporaries": max(0.0, block.forward * per_block)}
     loss = max(
         alive | {"logits": loss_forward + others, "cast weights": cast},
@@ -239,7 +242,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     first = {
         **base,
         "gradients": max(before, behind - (0.0 if shape.tied else embedding * print_.gradient_factor)),
-        "activations": block.boundary * tokens if checkpointed else kept_inside,
+        "activations": boundary if checkpointed else kept_inside,
         **mask,
         "recomputed inside": recomputed,
         "cast weights": block_cast * segment * one + visiting,

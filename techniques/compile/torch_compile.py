@@ -48,6 +48,8 @@ class TorchCompile(Technique):
         assert run.model is not None
         mode = None if self.mode == "default" else self.mode
         if self.per_block or run.stage == "infer":
+            # Dynamo would cut a block that DDP holds at the bounds of DDP's buckets, a large one into some ten graphs.
+            torch._dynamo.config.optimize_ddp = False
             for block in run.model.blocks:
                 block.compile(mode=mode, dynamic=run.stage == "infer" or None)
             return

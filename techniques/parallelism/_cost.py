@@ -145,16 +145,17 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     whole, micro = part.weights / layout.tp, layout.micro_batches if layout.pp > 1 else 1
     layers = part.layers / shape.layers
     weights = part.weights / shape.parameters / layers
-    extra, gradients = 0.0, 1.0
+    standing, visiting, gradients = 0.0, 0.0, 1.0
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
-        extra, gradients = 4.0 * whole, 0.0
+        standing, gradients = whole, 0.0
     elif layout.zero >= 2:  # and one block's before they are scattered
         gradients = 1 / layout.shards + part.block / part.weights
-    if layout.zero == 3:  # what the root holds, and two blocks in flight
-        extra += 4.0 * (part.embedding + part.head + 2 * part.block) / layout.tp
-    # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices.
-    outside = 6 * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
-    unsplit = 1.0 if layout.token_shards > 1 or layout.tp == 1 else 1 + (layout.tp - 1) * outside
+    if layout.zero == 3:  # what the root holds; two blocks are in flight
+        standing, visiting = (part.embedding + part.head) / layout.tp, 2 * part.block / layout.tp
+    # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices; where tokens
+    # are split there, the matrices' two inputs are gathered and kept.
+    outside = (2 if layout.token_shards > 1 else 6) * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
+    unsplit = 1 + (layout.tp - 1) * outside
     gathered = 1 / layout.shards
     if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
         gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
@@ -172,6 +173,7 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         layer_factor=layers,
         width_factor=1 / layout.tp,
         activation_factor=unsplit,
+        boundary_factor=1 / layout.token_shards,
         logits_factor=layout.tp / layout.vocabulary_shards,
         loss_copies=4.0 if layout.vocabulary_shards > 1 else None,  # its gradient is made out of place, step by step
         earlier_gradients=float(part.held.gradients),
@@ -179,7 +181,8 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         kept_outputs=part.held.outputs,
         head_factor=float(part.has_head),
         in_flight=part.held.blocks / part.layers,
-        extra_bytes=extra,
+        standing_numbers=standing,
+        gathered_numbers=visiting,
         wire_weights=weight_numbers(layout, shape, part),
         wire_activations=waited + hidden_numbers(layout, shape, part),
         wire_bytes=wide,

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 DISPATCH_S = 60e-6  # an operation on DTensors: its placements, then the operation on the local parts
 COLLECTIVE_S = 0.76e-3  # a change of placement by a collective, differentiable and awaited
-UNIT_S = 6.3e-3  # FSDP2's hooks of a block, forward and backward: gather, copies in and out, reduce and scatter
-GATHER_S = 0.4e-3  # and a gather again in the backward pass
+UNIT_S = 2.4e-3  # FSDP2's hooks of a block, forward and backward: gather, copies in and out, reduce and scatter
+GATHER_S = 0.5e-3  # and a gather again in the backward pass
 MESSAGE_S = 0.4e-3  # a send or a receive of a pipeline's schedule
 SPLIT_S = 2.4e-3  # a block's graph walked in Python, once a micro-batch, to part the two halves of its backward pass
 HOP_S = 1.76e-3  # of a ring: what is sent and received, and the merge with what was attended to before
 EXCHANGE_S = 1.10e-3  # an all-to-all of Ulysses with the copies that order its parts
 
 TENSORS = 9  # weights of a block
-UPDATE_DISPATCHES = 8  # a sharded weight in clipping and an optimizer that is not fused
+PART_S = 40e-6  # of a sharded weight, to find this rank's part of it, its gradient and its moments
 BLOCK_DISPATCHES = 171  # of a block by tensor parallel, a third of them in its forward pass
 
 
@@ -51,5 +51,5 @@ def seconds(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
     elif layout.cp > 1:
         calls += part.layers * 8 * EXCHANGE_S
         again += part.layers * 4 * EXCHANGE_S
-    once = (sharded or layout.tp > 1) * part.layers * TENSORS * UPDATE_DISPATCHES * DISPATCH_S
+    once = (sharded or layout.tp > 1) * part.layers * TENSORS * PART_S
     return micro * calls + once, micro * again
