@@ -86,7 +86,8 @@ class Footprint:
     in the products' type; `expanded_heads`: each query head has its own copy of its KV head; `wide_groups_unfused`: grouped
     heads in fp32 fall back to the matrix; `attention_rate` of a fused forward pass, as a share of the matrix products'.
     `document_mask`: rows hold documents that see nothing of each other, by a mask of (s, s) in memory unless the attention
-    `skips_documents`; then only `document_share` of a row's keys are looked at.
+    `skips_documents`; then only `document_share` of a row's keys are looked at. `graphed_decode`: the kernels of a decode
+    pass are recorded once and launched as one, and its attention looks at all of the allocated cache.
     """
 
     weight_bytes: float | None = None
@@ -128,6 +129,7 @@ class Footprint:
     wide_groups_unfused: bool = False
     document_mask: bool = False
     skips_documents: bool = False
+    graphed_decode: bool = False
     keeps_products: bool = False
     fused: bool = False
     fused_loss: bool = False

@@ -67,9 +67,11 @@ def test_two_gpus_train_like_one(layout, composed):
 @pair
 @pytest.mark.parametrize(
     "overrides",
-    [["precision=fp32"], ["precision=bf16"], ["precision=bf16", "compile=on"], ["decoding=sampling", "kv_cache=none"]],
+    [["precision=fp32"], ["precision=bf16"], ["precision=bf16", "compile=on"], ["decoding=sampling", "kv_cache=none"],
+     ["precision=bf16", "kv_cache=static"], ["precision=bf16", "kv_cache=static", "compile=on"],
+     ["decoding=sampling", "kv_cache=static"]],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_two_gpus_decode_like_one(overrides, composed):
     served = ["workload=generate", "workload.eval_tokens=4096", "workload.requests=4", "workload.new_tokens=16",
               "parallelism=tensor", *overrides]  # fmt: skip

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[int, dict, list[str]]] = {
     "rich": (2, RICH, ["attention=sdpa"]),
     "sampled": (2, EVEN, ["decoding=sampling", "decoding.temperature=0.7", "decoding.top_p=0.9"]),
     "uncached": (2, EVEN, ["kv_cache=none"]),
+    "static": (2, RICH, ["kv_cache=static"]),
     "bf16": (2, RICH, ["precision=bf16"]),
     "thirds": (3, THIRDS, []),
 }  # fmt: skip

@@ -27,8 +27,11 @@ Attend = Callable[..., Tensor]
 class LayerCache(Protocol):
     """One layer's keys and values of the tokens already seen."""
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, S, D); return all keys and values (B, G, T, D)."""
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append k, v (B, G, S, D); causal attention of q (B, H, S, D) over all keys and values, (B, H, S, D).
+
+        `attend` is the recipe's kernel, for caches that do not read themselves.
+        """
         ...
 
 
@@ -36,6 +39,10 @@ class Cache(Protocol):
     """Keys and values of the tokens already seen."""
 
     length: int
+
+    def begin(self, tokens: int) -> int | Tensor:
+        """A pass over so many new tokens begins; the position of the first of them, () where it lies on the device."""
+        ...
 
     def layer(self, index: int) -> LayerCache:
         """What a block is given: it knows no number of its own, so that one compiled graph serves all blocks."""
@@ -123,9 +130,7 @@ class Attention(nn.Module):
         q = rotate(q.transpose(1, 2), cos, sin)
         k = rotate(k.transpose(1, 2), cos, sin)
         v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = attend(q, k, v, causal=True, scale=None)
+        out = attend(q, k, v, causal=True, scale=None) if cache is None else cache.attend(attend, q, k, v)
         return self.project(out.transpose(1, 2).reshape(batch, new, -1), self.o_proj)[0]
 
 
@@ -159,8 +164,10 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def count_up(start: int, count: int, device: torch.device) -> Tensor:
+def count_up(start: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Positions (S,) fp32 of consecutive tokens."""
+    if isinstance(start, Tensor):
+        return start + torch.arange(count, device=device, dtype=torch.float32)
     return torch.arange(start, start + count, device=device, dtype=torch.float32)
 
 
@@ -198,7 +205,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.attend: Attend = eager
         self.call_block: Callable[..., Tensor] = call_plainly
-        self.positions: Callable[[int, int, torch.device], Tensor] = count_up
+        self.positions: Callable[..., Tensor] = count_up
         self.head_loss: Callable[[Tensor, nn.Linear, Tensor], Tensor] | None = None
         self.inverse_frequency: Tensor
         self.register_buffer("inverse_frequency", rope_frequencies(config), persistent=False)
@@ -219,7 +226,9 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
-    def rotary(self, start: int, count: int, like: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rotary(
+        self, start: int | Tensor, count: int, like: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions from `start` on, (count, D), in the type and on the device of `like`; of
         the positions in their documents, (B, 1, count, D), where `starts` (B, count) says where those begin."""
         positions = self.positions(start, count, like.device)
@@ -230,7 +239,8 @@ class Decoder(nn.Module):
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None) -> Tensor:
         """tokens (B, S) -> final normed states (B, S, E); attention stays in documents where their starts are given."""
         x = self.embedded(tokens)
-        cos, sin = self.rotary(cache.length if cache is not None else 0, tokens.shape[1], x, starts)
+        first = cache.begin(tokens.shape[1]) if cache is not None else 0
+        cos, sin = self.rotary(first, tokens.shape[1], x, starts)
         attend = self.attend if starts is None else partial(self.attend, documents=Documents(starts))
         for index, block in enumerate(self.blocks):
             x = self.call_block(block, x, cos, sin, attend, cache.layer(index) if cache is not None else None)

@@ -2,7 +2,8 @@
 
 Each product takes as long as its FLOPs or its bytes, attention of a decode pass as long as reading keys and values; and
 no pass ends before the host has launched its kernels, as many and as slowly as `dyno.plan.time` takes them to be in a
-forward pass of training. On small models that ceiling decides, and it differs by host and kernel: the band is wide.
+forward pass of training. On small models that ceiling decides, and it differs by host and kernel: the band is wide. Where
+a decode pass is recorded (`graphed_decode`), the host launches it as one; its prefill is launched as any.
 
 Tensor ranks share heads, channels and vocabulary. A layer then ends twice in an all-reduce of its output, and a pass in an
 all-gather of the logits; each takes a launch of the host and, on the device, a start and the link's time, and hides behind
@@ -21,6 +22,7 @@ from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, attention_
 from dyno.technique import Footprint, Shape
 
 COLLECTIVE_S = 0.4e-3  # of the host for one between compiled kernels: 8b's 64 make 16 ms a token 42 ms, at one request
+GRAPHED_LAUNCHES = 5  # of a recorded pass: tokens in, the graph, the choice, and the chosen tokens into the text
 BAND = 0.6  # of the seven records in results/reference/h100/generate-160m the worst, quantized, is 59% off
 
 
@@ -149,9 +151,10 @@ def serving_time(
     prefill = pass_terms(shape, print_, machine, kind, prompt, prompt / 2, width)
     context = prompt + new / 2
     cached = print_.kv_cache_factor > 0
-    decode = pass_terms(
-        shape, print_, machine, kind, 1 if cached else context, context if cached else context / 2, width
-    )
+    seen = prompt + new + 1 if print_.graphed_decode else context if cached else context / 2
+    decode = pass_terms(shape, print_, machine, kind, 1 if cached else context, seen, width)
+    if print_.graphed_decode:
+        decode["host"] = min(decode["host"], GRAPHED_LAUNCHES * LAUNCH_S[False])
     why = "how many of the drafted tokens a pass accepts is not known before a run"
     return ServingTime(
         shape.batch, prefill, decode, reasons=dict.fromkeys(("tpot_s", "tokens_per_s"), why) if positions > 1 else {}

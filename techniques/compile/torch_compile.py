@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPHED = ("reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -24,6 +25,11 @@ class TorchCompile(Technique):
 
     per_block: bool = False
     mode: str = "default"
+
+    @property
+    def records_graphs(self) -> bool:
+        """Whether compiled code replays CUDA graphs of its own."""
+        return self.mode in GRAPHED
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         import shutil

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyno.technique import Run
+from dyno.techniques.decoding._graph import Recorded, one_pass
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -42,12 +45,13 @@ class Reader:
     def __init__(self, run: Run, model: Any, batch: int, length: int):
         self.model = model
         self.cache = run.part("cache")(model, batch, length)
+        self.passes: Callable[[Tensor, int], Tensor] = partial(one_pass, model, self.cache)
+        if self.cache.static and run.device.type == "cuda":
+            self.passes = Recorded(self.passes, self.cache)
 
     def read(self, text: Tensor, last: int) -> Tensor:
-        """Feed what the cache lacks of `text`; logits (B, last, V) of its last positions."""
-        new = text[:, self.cache.length :]
-        states = self.model.hidden_states(new, self.cache)
-        return self.model.lm_head(states[:, -last:])
+        """Feed what the cache lacks of `text`; logits (B, last, V) of its last positions, good until the next reading."""
+        return self.passes(text[:, self.cache.length :], last)
 
 
 class PlainSession:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dyno.measure.environment import Device
-    from dyno.model.decoder import Decoder
+    from dyno.model.decoder import Attend, Decoder, LayerCache
 
 
 @dataclass
@@ -48,14 +48,20 @@ class ContiguousLayer:
     filled: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, S, D); return all keys and values (B, G, T, D)."""
         end = self.filled + k.shape[2]
         self.keys[:, :, self.filled : end] = k
         self.values[:, :, self.filled : end] = v
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, *self.update(k, v), causal=True, scale=None)
+
 
 class ContiguousCache:
     """Keys and values (B, G, length, D) a layer. `length` counts the tokens whose layers are all filled."""
+
+    static = False  # whether all passes after the prompt are the same kernels on the same addresses
 
     def __init__(self, model: Decoder, batch: int, length: int):
         import torch
@@ -70,7 +76,10 @@ class ContiguousCache:
         self.views = list(zip(self.k, self.v, strict=True))
         self.length = 0
 
-    def layer(self, index: int) -> ContiguousLayer:
+    def begin(self, tokens: int) -> int | Tensor:
+        return self.length
+
+    def layer(self, index: int) -> LayerCache:
         return ContiguousLayer(*self.views[index], self.length)
 
     def advance(self, tokens: int) -> None:
@@ -85,15 +94,19 @@ class NoCache:
     """Stands in where nothing is kept: its length stays 0, so callers feed the whole context."""
 
     length = 0
+    static = False
 
     def __init__(self, model: Decoder, batch: int, length: int):
         pass
 
+    def begin(self, tokens: int) -> int:
+        return 0
+
     def layer(self, index: int) -> NoCache:
         return self
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, causal=True, scale=None)
 
     def advance(self, tokens: int) -> None:
         pass
