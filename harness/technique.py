@@ -78,8 +78,10 @@ class Footprint:
     a token that go there and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of
     a parameter's and an activation's width, and `wire_bytes`), of that what the device stands still for
     (`waited_activations`, `waited_bytes`), and of both what is sent again where all blocks run again (`wire_again`,
-    `waited_again`); `host_s`, seconds of the host in an eager step beside its kernels' launches, `host_again_s` of them
-    in a forward pass, which recomputation repeats; and `bubble`, the idle share of a step.
+    `waited_again`); `merged_parts` of a sequence that a ring attends to one by one; `host_s`, seconds of the host in an
+    eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which recomputation repeats, and
+    `host_compiled_s` and `host_compiled_again_s`, what a compiler leaves of both; and `bubble`, the idle share of a
+    step.
 
     Habits. `keeps_products`: what recomputes keeps every product's output. `fused`: a compiler fuses elementwise chains,
     `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time
@@ -161,8 +163,11 @@ class Footprint:
     waited_activations: float = 0.0
     waited_again: float = 0.0
     waited_bytes: float = 0.0
+    merged_parts: float = 0.0
     host_s: float = 0.0
     host_again_s: float = 0.0
+    host_compiled_s: float = 0.0
+    host_compiled_again_s: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
 

@@ -23,9 +23,14 @@ UNFUSED_KERNELS = 8.0
 # Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
 # us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
 LAUNCH_S = {False: 20e-6, True: 30e-6}
+COMPILED_CALL_S = 1.2e-3  # of a block compiled by itself, forward and backward: guards and wrappers (six H200 records)
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
+MERGE_BYTES = (
+    35.0,
+    38.0,
+)  # a number of the queries, by a hop of a ring: its part of the output, of the gradients, in fp32
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
@@ -109,7 +114,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     backward_bytes = (
         2 * (6 * w if fused else 2.4 * norm) * h + 1.2 * rope * (width + keys) + (8 * w if fused else 9 * w) * f
     )
-    elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes) / machine.memory
+    merged = print_.merged_parts * width * (MERGE_BYTES[0] * (1 + again) + MERGE_BYTES[1])
+    elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes + merged) / machine.memory
     elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
     logit = logit if print_.loss_passes is None else w * print_.loss_passes
@@ -132,7 +138,11 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if w < stored and not fused:
         kernels += 7 * (2 + again)
     host = LAUNCH_S[fused] * kernels * calls * print_.host_factor if kind == "cuda" else 0.0
-    if kind == "cuda" and not fused:  # what a compiled step leaves of a layout's own calls no record tells
+    if kind == "cuda" and fused:
+        host += print_.host_compiled_s + again * print_.host_compiled_again_s
+        if not print_.fused_loss:  # block by block
+            host += COMPILED_CALL_S * calls * (1 + again / 2)
+    elif kind == "cuda":
         host = host * AUTOGRAD + print_.host_s + again * print_.host_again_s
     away = print_.host_activations * tokens  # or, where blocks are recomputed, only their inputs
     if away and print_.boundaries:
@@ -155,8 +165,9 @@ def slowest(shape: Shape, prints: Sequence[Footprint], machine: Machine, kind: s
 
 
 def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:
-    """Seconds of a step from its terms: the slowest of device with its waits, host and host's link; the idle share."""
+    """Seconds of a step from its terms: the slowest of device with its waits and idle share, host, and host's link."""
     device = sum(terms[name] for name in DEVICE)
     exposed = max(terms["wire"] - OVERLAP * device, (1 - OVERLAP) * terms["wire"])
-    busy = max(device + terms["waited"] + exposed, terms["host"], terms["offload"])  # a late host gives the wire time
-    return (busy + terms["fixed"] + terms["host update"]) / (1 - min(bubble, 0.99))
+    device = (device + terms["waited"] + exposed) / (1 - min(bubble, 0.99))
+    # A late host gives the wire time, and a pipeline's hosts do not wait for each other: they launch ahead.
+    return max(device, terms["host"], terms["offload"]) + terms["fixed"] + terms["host update"]

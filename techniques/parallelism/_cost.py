@@ -162,6 +162,7 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     waited, wide = waited_numbers(layout, shape, part), wide_bytes(layout, shape, part)
     waited_again, ring_again = again_numbers(layout, shape, part)
     host, host_again = _host.seconds(layout, shape, part)
+    compiled, compiled_again = _host.seconds(layout, shape, part, compiled=True)
     return Footprint(
         # PyTorch's flash kernel attends to the parts of a ring, whatever the attention is.
         attention_rate=RATES["flash"] if layout.cp > 1 and layout.context == "ring" else None,
@@ -192,6 +193,9 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         waited_bytes=wide,
         host_s=host,
         host_again_s=host_again,
+        host_compiled_s=compiled,
+        host_compiled_again_s=compiled_again,
+        merged_parts=float(layout.cp) if layout.cp > 1 and layout.context == "ring" else 0.0,
         bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
         ranks=layout.world_size,
     )
