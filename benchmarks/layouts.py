@@ -177,9 +177,13 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def reference(key: str) -> str:
-    """The cell of one GPU that a cell's losses are held to; `weak` cells on several GPUs have none."""
-    return key.rpartition("/")[0] + "/one"
+def reference(key: str, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The run that a cell's losses are held to: that of one GPU or, where the model does not fit into one, its group's
+    first. `weak` cells on several GPUs have none."""
+    group = key.rpartition("/")[0]
+    ran = [other for other, record in known.items() if other.startswith(f"{group}/") and record["status"] == "ok"]
+    first = f"{group}/one" if f"{group}/one" in ran else next((other for other in ran if "weak" not in other), None)
+    return known[first] if first else None
 
 
 def apart(losses: list[float], expected: list[float]) -> float | None:
@@ -294,7 +298,7 @@ def main() -> int:
     if given.seconds:
         run(chosen, given, out)
     known = read(out)
-    rows = [row_of(c.key, known[c.key], known.get(reference(c.key))) for c in chosen if c.key in known]
+    rows = [row_of(c.key, known[c.key], reference(c.key, known)) for c in chosen if c.key in known]
     show(rows)
     wrong = [row["cell"] for row in rows if (row["loss_apart"] or 0.0) > LOSS_TOLERANCE]
     print(json.dumps({"rows": rows, "left": len(chosen) - len(rows), "losses_apart": wrong}))

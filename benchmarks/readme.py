@@ -55,6 +55,7 @@ PEERS = {
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
 }
+BEST = 3  # of a study
 LAST = 20  # steps whose mean loss is told
 
 
@@ -89,18 +90,19 @@ def peer_table(*paths: Path) -> list[str]:
 
 
 def layouts_table(where: Path) -> list[str]:
-    """Parallel layouts of two GPUs beside one: what the step takes, what of it waits for messages, and the losses."""
+    """Parallel layouts beside one GPU: what the step takes, what of it waits for messages, and the losses."""
     cells = layouts.read(where)
     shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
     shown.sort(key=lambda cell: LAYOUTS.index(cell[0].partition("/")[0]))
-    rows = {key: layouts.row_of(key, r, cells.get(layouts.reference(key))) for key, r in shown}
-    gpu = shown[0][1]["fingerprint"]["device"].split()[1]
+    rows = {key: layouts.row_of(key, r, layouts.reference(key, cells)) for key, r in shown}
+    gpu, gpus = shown[0][1]["fingerprint"]["device"].split()[1], max(row["gpus"] for row in rows.values())
     bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
     lines = [
         "",
-        f"Layouts of two {gpu} through NCCL, bf16, eager (all-reduce: {bus[len(bus) // 2] / 1e9:.0f} GB/s bus "
-        "bandwidth). Loss: the largest difference to one GPU's, over ten steps or, of weights rounded at random, in the "
-        "first.",
+        f"Layouts of {gpus} {gpu} through NCCL, bf16, eager (all-reduce: {bus[len(bus) // 2] / 1e9:.0f} GB/s bus "
+        "bandwidth). Exposed messages: what of a step the rank that waits least waits for them. Loss: the largest difference "
+        "to one GPU's (where the model does not fit, to the first layout's), over ten steps or, of weights rounded at random, "
+        "in the first.",
         "",
         "| model and tokens | layout | tokens/s | peak memory a GPU | exposed messages | loss |",
         "|---|---|---|---|---|---|",
@@ -111,8 +113,40 @@ def layouts_table(where: Path) -> list[str]:
         lines.append(
             f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
             f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if name == 'one' or apart is None else f'{apart:.3%}'} |"
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if layouts.reference(key, cells) is record or apart is None else f'{apart:.3%}'} |"
         )
+    return lines
+
+
+def scaling_table(where: Path) -> list[str]:
+    """Compiled steps on 1, 2, ... GPUs: of one batch (strong), and of one that grows with them (weak)."""
+    cells = layouts.read(where)
+    rows = {key: layouts.row_of(key, r, None) for key, r in cells.items() if r["status"] == "ok"}
+    most = max(row["gpus"] for row in rows.values())
+    counts = [count for count in (2, 4, 8) if count <= most]
+    heads = [f"{count} GPUs" for count in counts]
+    lines = [
+        "",
+        f"Scaling of compiled steps (`compile.per_block=true`) on {most} {next(iter(cells.values()))['fingerprint']['device']}: "
+        "tokens/s, and of a share of as many single GPUs' (strong: of the whole batch on one; weak: of a GPU's rows on one).",
+        "",
+        f"| model and tokens | layout | | 1 GPU | {' | '.join(heads)} |",
+        "|---|---|---|---|" + "---|" * len(counts),
+    ]
+    for model in ("160m", "1b"):
+        group = f"{model}_compiled"
+        for layout in ("ddp", "zero1", "zero3"):
+            for kind, first in (("strong", f"{group}/one"), ("weak", f"{group}/weak1")):
+                if first not in rows:
+                    continue
+                alone, found = rows[first]["tokens_per_s_per_gpu"], []
+                for count in counts:
+                    row = rows.get(f"{group}/{layout}" if count == most else f"{group}/{kind}{count}_{layout}")
+                    each = row and row["tokens_per_s_per_gpu"]
+                    found.append(f"{si(each * count)} ({each / alone:.0%})" if each else "-")
+                workload = cells[first]["config"]["workload"]
+                shape = f"{workload['batch']} x {workload['seq']}{' a GPU' if kind == 'weak' else ''}"
+                lines.append(f"| {model}, {shape} | {layout} | {kind} | {si(alone)} | {' | '.join(found)} |")
     return lines
 
 
@@ -206,21 +240,22 @@ def told(record: dict) -> str:
 
 
 def layout_studies(*places: Path) -> list[str]:
-    """What `dyno tune study=layout` measured, each model's fastest first."""
+    """The fastest that `dyno tune study=layout` measured."""
     lines = [
         "",
-        "`dyno tune study=layout`, broken off early (`results/reference/h200-x2/README.md`):",
+        f"`dyno tune study=layout`, broken off early (`results/reference/h200-x*/README.md`); the fastest {BEST} of each:",
         "",
-        "| model, GPUs | layout | tokens/s | peak memory a GPU |",
-        "|---|---|---|---|",
+        "| model, GPUs | runs | layout | tokens/s | peak memory a GPU |",
+        "|---|---|---|---|---|",
     ]
     for where in places:
         records = [r for r in read_records(where) if r["status"] == "ok"]
-        for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"]):
+        for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST]:
             gpus, layout = planner_layouts.layout_of(Recipe(record["config"], record["choices"]))
             figures = [cell(record["metrics"][name]) for name in ("tokens_per_s", "peak_memory_bytes")]
             device = record["fingerprint"]["device"].split()[1]
-            lines.append(f"| {record['choices']['model']}, {gpus} {device} | {layout} | {' | '.join(figures)} |")
+            row = [f"{record['choices']['model']}, {gpus} {device}", str(len(records)), layout, *figures]
+            lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
@@ -275,23 +310,27 @@ def serving_table(where: Path) -> list[str]:
 
 
 def split_decode_table(where: Path) -> list[str]:
-    """Decode of a model split over tensor ranks beside the whole model."""
-    records = sorted(read_records(where), key=lambda r: (r["config"]["workload"]["requests"], len(r["ranks"])))
-    workload = records[0]["config"]["workload"]
+    """Decode of a model split over tensor ranks beside the whole model, with the host's launches and without."""
+
+    def axes(record: dict) -> tuple[int, str, str, int]:
+        choices = record["choices"]
+        return (
+            record["config"]["workload"]["requests"], choices["kv_cache"], choices["compile"], max(1, len(record["ranks"])),
+        )  # fmt: skip
+
+    records = sorted((r for r in read_records(where) if r["status"] == "ok"), key=axes)
+    workload, device = records[0]["config"]["workload"], records[0]["fingerprint"]["device"]
     lines = [
         "",
-        f"Decode of `model={records[0]['choices']['model']}` in bf16, split over tensor ranks, prompt {workload['prompt']}, "
-        f"{workload['new_tokens']} new tokens, compiled, without CUDA graphs. The blocks of the two ranks decoded uncompiled: "
-        "a count of messages before the window switched the compiler off, which is mended and not measured again yet.",
+        f"Decode of `model={records[0]['choices']['model']}` in bf16 on {device}, split over tensor ranks, prompt "
+        f"{workload['prompt']}, {workload['new_tokens']} new tokens; `kv_cache=static` replays a pass as one CUDA graph.",
         "",
-        "| sequences | GPUs | decode tokens/s | time per token | time to first token | peak memory a GPU |",
-        "|---|---|---|---|---|---|",
+        "| sequences | kv_cache | compile | GPUs | decode tokens/s | time per token | time to first token | peak memory a GPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         names = ("decode_tokens_per_s", "tpot_s", "ttft_s", "peak_memory_bytes")
-        cells = [cell(record["metrics"].get(name)) for name in names]
-        size = [str(record["config"]["workload"]["requests"]), str(max(1, len(record["ranks"])))]
-        lines.append("| " + " | ".join([*size, *cells]) + " |")
+        lines.append(f"| {' | '.join([*map(str, axes(record)), *(cell(record['metrics'].get(n)) for n in names)])} |")
     return lines
 
 
@@ -316,10 +355,11 @@ def main() -> None:
             *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
-            *layouts_table(reference.parent / "h100-x2" / "layouts"),
             *layouts_table(reference.parent / "h200-x2" / "layouts"),
-            *layout_studies(*(reference.parent / "h200-x2" / name for name in ("layout-1b", "layout-8b"))),
-            *split_decode_table(reference.parent / "h100-x2" / "decode-8b"),
+            *layouts_table(reference.parent / "h200-x4" / "layouts"),
+            *scaling_table(reference.parent / "h200-x4" / "layouts"),
+            *layout_studies(*(reference.parent / f"h200-x{n}" / f"layout-{m}" for m in ("1b", "8b") for n in (2, 4))),
+            *split_decode_table(reference.parent / "h200-x4" / "decode-8b"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
         "planner": readme_planner.table(

@@ -52,11 +52,12 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
             f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same "
             f"{ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
         )
-    for path, fitted in zip(split, ("H100, host costs fitted to these", "H200, nothing fitted to these"), strict=True):
+    for path, gpus in zip(split, ("two H100", "two and four H200"), strict=True):
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
             found = json.loads(path.read_text())[name]
             lines.append(
-                f"| {label} of layouts on two {fitted} | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+                f"| {label} of layouts on {gpus}, host costs fitted to these | {found['runs']} | {found['median']:.1%} | "
+                f"{found['worst']:.1%} |"
             )
     found = json.loads(published.read_text())["held_out"]
     lines.append(
