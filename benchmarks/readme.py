@@ -110,10 +110,11 @@ def layouts_table(where: Path) -> list[str]:
     for key, record in shown:
         name, row, workload = key.rpartition("/")[2], rows[key], record["config"]["workload"]
         share, apart = row["communication_share"], row["loss_apart"]
+        apart = None if layouts.reference(key, cells) is record else apart
         lines.append(
             f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
             f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if layouts.reference(key, cells) is record or apart is None else f'{apart:.3%}'} |"
+            f"{'-' if share is None else f'{share:.0%}'} | {'-' if apart is None else f'{apart:.3%}'} |"
         )
     return lines
 
