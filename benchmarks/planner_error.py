@@ -42,13 +42,20 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
         print(f"{name:<34} {row['runs']:>5} {row['median']:>8.1%} {row['p95']:>8.1%} {row['bias']:>+8.1%}")
 
 
-def judged(samples: list[calibrate.Sample], what: str, fits: dict[str, corrections.Fit]) -> dict[str, Any]:
-    """Errors of samples under their kind's fit: all, by kind, by option."""
-    errors = np.concatenate([calibrate.errors([s], fits.get(calibrate.kind_of(s)), what) for s in samples])
+def fit_of(sample: calibrate.Sample, what: str, found: list[corrections.Calibration]) -> corrections.Fit | None:
+    """The fit that the plan takes for a run like this one on its machine."""
+    mine = [c for c in found if c.machine == sample.machine] + [c for c in found if not c.machine]
+    return corrections.fit_of(mine, what, calibrate.kind_of(sample))
+
+
+def judged(samples: list[calibrate.Sample], what: str, found: list[corrections.Calibration]) -> dict[str, Any]:
+    """Errors of samples under their fit: all, by kind, by machine, by option."""
+    errors = np.concatenate([calibrate.errors([s], fit_of(s, what, found), what) for s in samples])
     groups: dict[str, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         groups["all"].append(i)
         groups[calibrate.kind_of(sample)].append(i)
+        groups[f"machine {sample.machine}"].append(i)
         for axis in BY:
             if axis in sample.choices:
                 groups[f"{axis}={sample.choices[axis]}"].append(i)
@@ -103,35 +110,41 @@ def main() -> int:
         return 1
     device = arguments.device or max(set(names), key=names.count)
     mine = [s for s in samples if s.device == device]
-    fitted = calibrate.calibrated(mine, device, left_out)
+    fitted = calibrate.of_all(mine, device, left_out)
     out: dict[str, Any] = {"device": device, "runs": len(mine), "left_out": left_out}
-    for what, fits in (("memory", fitted.memory), ("time", fitted.time)):
+    for what in ("memory", "time"):
         usable = calibrate.usable(mine, what)
         held = [s for s in usable if calibrate.is_held_out(s)]
         if not held:
             continue
-        before, after = judged(held, what, {}), judged(held, what, fits)
+        before, after = judged(held, what, []), judged(held, what, fitted)
         show(f"{what}: as derived, held-out", before)
         show(f"{what}: calibrated, held-out", after)
-        for kind, fit in fits.items():
-            print(f"  {kind}: " + "  ".join(f"{n} {x:.2f}" for n, x in fit.coefficients.items()))
-        errors = [(float(calibrate.errors([s], fits.get(calibrate.kind_of(s)), what)[0]), s) for s in held]
+        coefficients = {
+            f"{kind} {found.machine}".strip(): fit.coefficients
+            for found in fitted
+            for kind, fit in getattr(found, what).items()
+        }
+        for name, factors in coefficients.items():
+            print(f"  {name}: " + "  ".join(f"{n} {x:.2f}" for n, x in factors.items()))
+        errors = [(float(calibrate.errors([s], fit_of(s, what, fitted), what)[0]), s) for s in held]
         for error, s in sorted(errors, key=lambda pair: -abs(pair[0]))[: arguments.worst]:
             print(f"  worst: {error:+.1%}  {s.id}  " + " ".join(str(s.choices.get(axis)) for axis in BY))
         out[what] = {
             "as_derived": before["all"],
             "calibrated": after["all"],
-            "coefficients": {kind: fit.coefficients for kind, fit in fits.items()},
+            "by_machine": {name: row for name, row in after.items() if name.startswith("machine ")},
+            "coefficients": coefficients,
         }
         steady = [s for s in usable if s.spread <= STEADY]
         if what == "time" and steady:
-            row = out[what]["steady"] = judged(steady, what, {})["all"]
+            row = out[what]["steady"] = judged(steady, what, [])["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["as_planned"] = as_planned(arguments.folders)
     out["outcomes"] = outcomes(arguments.folders)
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:
-        out["stored"] = str(corrections.store(fitted))
+        out["stored"] = [str(corrections.store(one)) for one in fitted]
     print(json.dumps(out))
     return 0
 

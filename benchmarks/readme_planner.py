@@ -33,6 +33,12 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
                 f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
                 f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
             )
+        machines = random["time"]["by_machine"]
+        for i, found in enumerate(machines.values() if len(machines) > 1 else ()):
+            lines.append(
+                f"| of that step time the part of host {i + 1} of {len(machines)} | {found['runs']} | {found['median']:.1%} | "
+                f"{found['p95']:.1%} (95% of them) |"
+            )
         found = random["time"]["steady"]
         lines.append(
             f"| the same as derived, of all whose steps were steady (middle half within 5%) | {found['runs']} | "

@@ -224,7 +224,8 @@ def budget(total: Budget) -> None:
 
 def calibration(found: Calibration) -> None:
     """What a calibration found, on stderr: coefficients and the errors on runs that it did not see."""
-    out = [f"calibrated on {found.device}: {found.records} runs, {found.left_out} records left out"]
+    where = f"{found.device} of machine {found.machine}" if found.machine else found.device
+    out = [f"calibrated on {where}: {found.records} runs, {found.left_out} records left out"]
     for what, fits in (("memory", found.memory), ("time", found.time)):
         for kind, fit in fits.items():
             error = (

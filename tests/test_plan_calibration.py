@@ -157,3 +157,25 @@ def test_a_stored_file_that_is_none_is_no_calibration(tmp_path):
 def test_how_far_the_steps_of_a_run_lie_apart(times, spread):
     assert calibrate.spread_of({"windows": {"train": {"step_time_s": times}}}) == pytest.approx(spread)
     assert calibrate.spread_of({"windows": {}}) == math.inf
+
+
+def test_each_of_several_machines_has_its_own_calibration_and_others_take_the_device_s(plain, tmp_path, monkeypatch):
+    lean = records(plain)
+    large = json.loads(json.dumps(lean))
+    for one, other in zip(lean, large, strict=True):
+        one["fingerprint"]["machine"], other["fingerprint"]["machine"] = "lean", "large"
+        other["id"] += "-large"
+        other["metrics"]["peak_memory_bytes"]["value"] *= 1.5
+    write(tmp_path, [*lean, *large])
+    found = calibrate.from_records(tmp_path)
+    assert [(c.machine, c.records) for c in found] == [("large", 36), ("lean", 36), ("", 72)]
+    device = Device("cuda", 0, NAME, 80 * 2**30, (9, 0), None, 1)
+
+    def peak(machine: str) -> float:
+        monkeypatch.setattr("dyno.plan.machine_id", lambda: machine)
+        return predict(plain, device).peak_memory_bytes
+
+    assert peak("large") == pytest.approx(1.5 * peak("lean"), rel=0.1)
+    assert peak("lean") < peak("a third") < peak("large")
+    corrections.path_of(NAME, "large").write_text("[]")
+    assert peak("large") == peak("a third")

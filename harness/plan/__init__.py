@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dyno.measure.environment import machine_id
 from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.plan import memory, time
 from dyno.plan.advice import memory_advice, time_advice
-from dyno.plan.corrections import corrected_memory, corrected_time, load
+from dyno.plan.corrections import corrected_memory, corrected_time, fit_of, load
 from dyno.plan.machine import Machine, machine_of
 from dyno.plan.serving import ServingTime, serving_time, wire_bytes
 from dyno.recipe import Recipe, compose
@@ -195,9 +196,8 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     looked_at = share.document_share if share.skips_documents else 1.0
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq * looked_at
     plan.flops_per_step = plan.tokens_per_step * (6.0 * shape.linear_parameters + attention) * share.flops_factor
-    found = load(device.name)
-    kind = "compiled" if share.fused else "eager"
-    fits = {what: getattr(found, what).get(kind) if found else None for what in ("memory", "time")}
+    found = load(device.name, machine_id()), load(device.name)
+    fits = {what: fit_of(found, what, "compiled" if share.fused else "eager") for what in ("memory", "time")}
     plan.terms = corrected_memory(memory.fullest(shape, prints, device.kind), fits["memory"])
     plan.largest_block_bytes = max(memory.logits_bytes(shape, print_) for print_ in prints)
     if plan.machine:

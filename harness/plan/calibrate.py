@@ -47,6 +47,7 @@ class Sample:
 
     id: str
     device: str
+    machine: str
     fused: bool
     phases: memory.Phases
     seconds: dict[str, float] | None
@@ -81,7 +82,7 @@ def sample_of(record: dict[str, Any]) -> Sample | None:
     with contextlib.suppress(KeyError):
         machine = from_ceilings(ceilings, resolve(config["hardware"], kind, device.name))
     return Sample(
-        str(record["id"]), device.name, share.fused,
+        str(record["id"]), device.name, str(record["fingerprint"].get("machine", "")), share.fused,
         memory.fullest(shape, prints, kind),
         time.slowest(shape, prints, machine, kind) if machine else None, share.bubble,
         value(metrics, "peak_memory_bytes"), value(metrics, "step_time_s"), record["choices"], spread_of(record),
@@ -166,10 +167,11 @@ def fit_time(samples: list[Sample], draw: float) -> Fit:
             bound = max((device, time.DEVICE), (now["host"], ("host",)), (now["offload"], ("offload",)))[1]
             used = {*bound, "fixed", "wire", "waited", "host update"}
             wire = (1 - time.OVERLAP) if sample.seconds["wire"] else 0.0
-            rows.append(
-                [(wire if n == "wire" else 1.0) * sample.seconds[n] / (1 - sample.bubble) * (n in used)
-                 for n in TIME_TERMS]
-            )  # fmt: skip
+            busy = 1 - sample.bubble  # only the device is idle in a pipeline's bubble
+            shares = {n: 1 / busy if n in time.DEVICE or n == "waited" else 1.0 for n in TIME_TERMS} | {
+                "wire": wire / busy
+            }
+            rows.append([shares[n] * sample.seconds[n] * (n in used) for n in TIME_TERMS])
         found = dict(zip(TIME_TERMS, coefficients(np.array(rows), measured, draw).tolist(), strict=True))
         if found == fit.coefficients:
             break
@@ -195,10 +197,10 @@ def usable(samples: list[Sample], what: str) -> list[Sample]:
     return [s for s in samples if s.step_time_s and s.seconds]
 
 
-def calibrated(samples: list[Sample], device: str, left_out: int = 0) -> Calibration:
-    """Fit every kind of run of one device that has enough of them."""
-    mine = [s for s in samples if s.device == device]
-    out = Calibration(device, records=len(mine), left_out=left_out)
+def calibrated(samples: list[Sample], device: str, left_out: int = 0, machine: str = "") -> Calibration:
+    """Fit every kind of run of one device, on one machine or on all, that has enough of them."""
+    mine = [s for s in samples if s.device == device and machine in ("", s.machine)]
+    out = Calibration(device, machine, records=len(mine), left_out=left_out)
     for what, fitter in (("memory", fit_memory), ("time", fit_time)):
         for kind in ("eager", "compiled"):
             chosen = [s for s in usable(mine, what) if kind_of(s) == kind]
@@ -241,6 +243,13 @@ def strength(fitter: Callable[[list[Sample], float], Fit], samples: list[Sample]
     return next(draw for draw, errors_ in found.items() if errors_.mean() <= enough)
 
 
+def of_all(samples: list[Sample], device: str, left_out: int = 0) -> list[Calibration]:
+    """A calibration for each machine, where there are several, and one for all with such a device; those with a fit."""
+    machines = sorted({s.machine for s in samples if s.device == device} - {""})
+    found = [calibrated(samples, device, left_out, machine) for machine in machines if len(machines) > 1]
+    return [c for c in (*found, calibrated(samples, device, left_out)) if c.memory or c.time]
+
+
 def from_records(where: str | Path) -> list[Calibration]:
     """Read records, fit every device among them, keep the results for later plans.
 
@@ -248,8 +257,7 @@ def from_records(where: str | Path) -> list[Calibration]:
         UserError: no device has enough training runs.
     """
     samples, left_out = read(where)
-    found = [calibrated(samples, device, left_out) for device in sorted({s.device for s in samples})]
-    found = [c for c in found if c.memory or c.time]
+    found = [c for device in sorted({s.device for s in samples}) for c in of_all(samples, device, left_out)]
     if not found:
         raise UserError(
             f"{where} has {len(samples)} finished training runs ({left_out} records left out): a calibration needs at "

@@ -1,9 +1,14 @@
-"""What calibration found on a device, kept under Dyno's home: a coefficient a term, and the error that remained."""
+"""What calibration found, kept under Dyno's home: a coefficient a term, and the error that remained.
+
+One file for a kind of device and, where records come from several machines, one for each of these: hosts differ more than
+their devices do.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,9 +37,11 @@ class Fit:
 
 @dataclass
 class Calibration:
-    """`memory` and `time` by "eager" and "compiled"; what is missing there is uncalibrated."""
+    """`memory` and `time` by "eager" and "compiled"; what is missing there is uncalibrated. `machine` is empty where the
+    runs of all machines with such a device were fitted together."""
 
     device: str
+    machine: str = ""
     memory: dict[str, Fit] = field(default_factory=dict)
     time: dict[str, Fit] = field(default_factory=dict)
     records: int = 0
@@ -53,23 +60,28 @@ def corrected_time(terms: dict[str, float], fit: Fit | None) -> dict[str, float]
     return terms if fit is None else {n: x * fit.coefficients.get(n, 1.0) for n, x in terms.items()}
 
 
-def path_of(device: str) -> Path:
-    name = hashlib.sha256(device.encode()).hexdigest()[:16]
+def path_of(device: str, machine: str = "") -> Path:
+    name = hashlib.sha256(f"{device}{machine}".encode()).hexdigest()[:16]
     return home() / "plan" / f"{name}.json"
 
 
 def store(calibration: Calibration) -> Path:
-    path = path_of(calibration.device)
+    path = path_of(calibration.device, calibration.machine)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(calibration))
     return path
 
 
-def load(device: str) -> Calibration | None:
+def load(device: str, machine: str = "") -> Calibration | None:
     """The stored calibration of a device, or None where there is none that can be read."""
     try:
-        data = json.loads(path_of(device).read_bytes())
+        data = json.loads(path_of(device, machine).read_bytes())
         fits = {what: {kind: Fit(**fit) for kind, fit in data[what].items()} for what in ("memory", "time")}
-        return Calibration(data["device"], **fits, records=data["records"], left_out=data["left_out"])
+        return Calibration(data["device"], machine, **fits, records=data["records"], left_out=data["left_out"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def fit_of(found: Sequence[Calibration | None], what: str, kind: str) -> Fit | None:
+    """The first calibration's word on `what`, memory or time, of a kind of run, or the next one's that has one."""
+    return next((fit for one in found if one and (fit := getattr(one, what).get(kind))), None)
