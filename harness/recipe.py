@@ -47,6 +47,12 @@ class Recipe:
         kept = {k: v for k, v in self.config.items() if k not in ("results_dir", "study", "sampler")}
         return digest([kept, self.choices])[:16]
 
+    @property
+    def writes_state(self) -> bool:
+        """Whether a run writes its training state as it goes, or goes on from one."""
+        workload = self.config["workload"]
+        return bool(workload.get("checkpoint_every") or workload.get("resume"))
+
     def option(self, axis: str) -> str:
         chosen = self.choices[axis]
         return "+".join(chosen) if isinstance(chosen, list) else chosen

@@ -13,6 +13,8 @@ import tiny
 import torch
 
 from dyno.errors import UserError
+from dyno.measure.environment import Device
+from dyno.plan import reasons
 from dyno.recipe import Recipe, compose
 from dyno.stages import checkpoint, train
 from dyno.techniques.parallelism import _layout  # noqa: F401  the ranks inherit what is imported here
@@ -28,6 +30,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero3": (2, ["parallelism=zero3"]),
     "tensor": (2, ["parallelism=tensor"]),
     "pipeline": (2, ["parallelism=pipeline"]),
+}
+# Written and gone on from by themselves; `unbroken` is what they saw then without a break.
+OPTIMIZERS: dict[str, tuple[int, list[str]]] = {
+    "master": (1, ["precision=bf16_master"]),
+    "master_single_pass": (1, ["precision=bf16_master", "optimizer=adamw_single_pass"]),
+    "stochastic": (1, ["precision=bf16_stochastic"]),
+    "muon": (1, ["optimizer=muon"]),
+    "muon_master": (1, ["optimizer=muon", "precision=bf16_master"]),
+    "adamw8bit": (1, ["optimizer=adamw8bit"]),
+    "zero3_master": (2, ["parallelism=zero3", "precision=bf16_master"]),
+    "zero3_muon": (2, ["parallelism=zero3", "optimizer=muon"]),
 }
 WRITERS, READERS = ("one", "mesh", "staged"), ("one", "zero3", "tensor", "pipeline", "mesh")
 
@@ -49,12 +62,13 @@ def losses(trainer: train.Trainer, steps: int) -> list[float]:
 
 def main(directory: Path) -> None:
     """All writers first, then every reader goes on from each of them and writes down its losses."""
-    recipes = {n: compose(["workload.batch=8", "workload.seq=16", *o]) for n, (_, o) in LAYOUTS.items()}
+    every = {**LAYOUTS, **OPTIMIZERS}
+    recipes = {n: compose(["workload.batch=8", "workload.seq=16", *o]) for n, (_, o) in every.items()}
     torch.set_num_threads(1)
 
     def each(names: tuple[str, ...], task) -> None:
         for name in names:
-            count = LAYOUTS[name][0]
+            count = every[name][0]
 
             def work(rank: int, name: str = name, count: int = count) -> None:
                 task(name, count, rank)
@@ -73,8 +87,21 @@ def main(directory: Path) -> None:
             seen = losses(trainer, AFTER)
             (directory / f"{writer}-{name}-{rank}.json").write_text(json.dumps(seen))
 
+    def write_and_go_on(name: str, count: int, rank: int) -> None:
+        trainer = trainer_of(recipes[name], count, directory, rank)
+        losses(trainer, BEFORE)
+        checkpoint.save(trainer, directory / name)
+        (directory / f"unbroken-{name}-{rank}.json").write_text(json.dumps(losses(trainer, AFTER)))
+
+    def go_on(name: str, count: int, rank: int) -> None:
+        trainer = trainer_of(recipes[name], count, directory, rank)
+        checkpoint.load(trainer, directory / name / f"step-{BEFORE:07d}")
+        (directory / f"resumed-{name}-{rank}.json").write_text(json.dumps(losses(trainer, AFTER)))
+
     each(WRITERS, write)
     each(READERS, read)
+    each(tuple(OPTIMIZERS), write_and_go_on)
+    each(tuple(OPTIMIZERS), go_on)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +123,41 @@ def test_training_goes_on_as_if_never_broken_off(writer, reader, directory, unbr
     for rank in range(LAYOUTS[reader][0]):
         seen = json.loads((directory / f"{writer}-{reader}-{rank}.json").read_text())
         assert seen == pytest.approx(unbroken[BEFORE:], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_as_if_never_broken_off(name, directory):
+    """But for weights that are rounded at random, whose draws begin anew."""
+    for rank in range(OPTIMIZERS[name][0]):
+        unbroken, resumed = (
+            json.loads((directory / f"{k}-{name}-{rank}.json").read_text()) for k in ("unbroken", "resumed")
+        )
+        assert resumed == pytest.approx(unbroken, abs=0.02 if name == "stochastic" else 1e-5)
+
+
+def test_masters_go_on_without_them_and_the_other_way_round(directory, tmp_path):
+    def resumed(where: str, *overrides: str) -> list[float]:
+        trainer = trainer_of(compose(["workload.batch=8", "workload.seq=16", *overrides]), 1, tmp_path)
+        checkpoint.load(trainer, directory / where / f"step-{BEFORE:07d}")
+        return losses(trainer, AFTER)
+
+    assert resumed("master") == pytest.approx(resumed("master", "precision=bf16_master"), abs=0.02)
+    assert resumed("one", "precision=bf16_master") == pytest.approx(resumed("one"), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides, reason",
+    [
+        (["offload=optimizer", "workload.checkpoint_every=2"], "the state of an optimizer on the host is not written"),
+        (["offload=optimizer", "workload.resume=x"], "the state of an optimizer on the host is not written"),
+        (["optimizer=adamw8bit", "parallelism=zero3", "workload.checkpoint_every=2"], "codes are of a rank's part"),
+    ],
+)
+def test_state_that_cannot_be_gone_on_from_is_refused_beforehand(overrides, reason):
+    recipe = compose(overrides)
+    assert any(reason in why for why in reasons(recipe, Device("cpu", 0, "cpu", 2**34, None, None, 2)))
+    plain = compose(overrides[:-1])
+    assert not any(reason in why for why in reasons(plain, Device("cpu", 0, "cpu", 2**34, None, None, 2)))
 
 
 def test_every_writer_leaves_the_same_tensors(directory):

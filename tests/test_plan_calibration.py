@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -179,3 +180,15 @@ def test_each_of_several_machines_has_its_own_calibration_and_others_take_the_de
     assert peak("lean") < peak("a third") < peak("large")
     corrections.path_of(NAME, "large").write_text("[]")
     assert peak("large") == peak("a third")
+
+
+def test_a_pipeline_that_idles_is_fitted_as_bound_by_its_device(plain):
+    """The device's 9 s take 15 with the idle share; the host's 10 s do not decide."""
+    made = calibrate.sample_of(record(plain, 0))
+    terms = dict.fromkeys(calibrate.TIME_TERMS, 0.0) | {"products": 9.0, "host": 10.0}
+    runs = [
+        dataclasses.replace(made, id=str(i), seconds=terms, bubble=0.4, step_time_s=1.2 * time.step_s(terms, 0.4))
+        for i in range(12)
+    ]
+    found = calibrate.fit_time(runs, 0.05).coefficients
+    assert found["products"] == pytest.approx(1.2, abs=0.03) and found["host"] == 1.0

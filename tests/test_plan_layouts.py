@@ -9,6 +9,10 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import pipelining
 
+from dyno.measure.environment import Device
+from dyno.plan import predict, shape_of, time
+from dyno.recipe import compose
+from dyno.technique import of_ranks
 from dyno.techniques.parallelism import _orders, _stages
 from dyno.techniques.parallelism.mesh import Mesh
 
@@ -91,3 +95,15 @@ def test_a_schedule_does_all_of_its_work():
                 for stage in range(_stages.stages_per_rank(layout)):
                     for kind in "FIW" if split else "FB":
                         assert order.count((kind, stage)) == micro, (schedule, ranks, micro, rank, kind)
+
+
+def test_the_stage_that_all_wait_for_decides_its_idle_time_included():
+    """The head's stage is the device's, the others are the host's: only the former idles in the bubble."""
+    words = ["model=160m", "workload.batch=128", "workload.seq=1024", "precision=bf16", "attention=sdpa", "hardware=h100",
+             "compile=on", "compile.per_block=true", "parallelism=mesh", "parallelism.dp=1", "parallelism.pp=4",
+             "parallelism.tp=1", "parallelism.micro_batches=8"]  # fmt: skip
+    recipe, device = compose(words), Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), None, 4)
+    plan, shape = predict(recipe, device), shape_of(recipe)
+    prints = of_ranks([t for chosen in recipe.techniques.values() for t in chosen], shape, device)
+    every = [time.step_s(time.step_terms(shape, one, plan.machine, "cuda"), one.bubble) for one in prints]
+    assert len(every) == 4 and plan.step_s == pytest.approx(max(every)) and min(every) < 0.8 * max(every)

@@ -53,8 +53,13 @@ def work(rank: int) -> None:
         moments = shards.adamw([other], 1e-2, (0.9, 0.95), 0.1)
         other.grad = shards.like(torch.ones_like(one), other)
         moments.step()
-        fused = shards.SplitAdamW([other], lr=1e-2, fused=True)
-        assert not fused._step_supports_amp_scaling  # type: ignore[attr-defined]  # else overflowing steps were taken
+        twin, fused = other.detach().clone(), shards.SplitAdamW([other], lr=1e-2, betas=(0.9, 0.95), fused=True)
+        assert not fused._step_supports_amp_scaling  # else overflowing steps were taken
+        fused.step()
+        wholes = [torch.nn.Parameter(shards.whole(twin))]
+        wholes[0].grad = torch.ones_like(one)
+        torch.optim.AdamW(wholes, lr=1e-2, betas=(0.9, 0.95)).step()
+        assert torch.allclose(shards.whole(other), wholes[0], atol=1e-6)
         assert moments.state[other]["exp_avg"].placements == other.placements  # as checkpoints write them
 
 

@@ -163,15 +163,14 @@ def fit_time(samples: list[Sample], draw: float) -> Fit:
         for sample in samples:
             assert sample.seconds is not None
             now = corrected_time(sample.seconds, fit)
-            device = sum(now[n] for n in time.DEVICE)
-            bound = max((device, time.DEVICE), (now["host"], ("host",)), (now["offload"], ("offload",)))[1]
-            used = {*bound, "fixed", "wire", "waited", "host update"}
-            wire = (1 - time.OVERLAP) if sample.seconds["wire"] else 0.0
             busy = 1 - sample.bubble  # only the device is idle in a pipeline's bubble
-            shares = {n: 1 / busy if n in time.DEVICE or n == "waited" else 1.0 for n in TIME_TERMS} | {
-                "wire": wire / busy
-            }
-            rows.append([shares[n] * sample.seconds[n] * (n in used) for n in TIME_TERMS])
+            device = (sum(now[n] for n in time.DEVICE) + now["waited"]) / busy
+            on_device = (*time.DEVICE, "wire", "waited")
+            bound = max((device, on_device), (now["host"], ("host",)), (now["offload"], ("offload",)))[1]
+            shares = dict.fromkeys(bound, 1 / busy if bound is on_device else 1.0)
+            shares |= {"fixed": 1.0, "host update": 1.0}
+            shares["wire"] = (1 - time.OVERLAP) * shares.get("wire", 0.0)
+            rows.append([shares.get(n, 0.0) * sample.seconds[n] for n in TIME_TERMS])
         found = dict(zip(TIME_TERMS, coefficients(np.array(rows), measured, draw).tolist(), strict=True))
         if found == fit.coefficients:
             break

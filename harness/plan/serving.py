@@ -7,7 +7,8 @@ a decode pass is recorded (`graphed_decode`), the host launches it as one; its p
 
 Tensor ranks share heads, channels and vocabulary. A layer then ends twice in an all-reduce of its output, and a pass in an
 all-gather of the logits; each takes a launch of the host and, on the device, a start and the link's time, and hides behind
-nothing. Measured is 8b on two H100s (results/reference/h100-x2/decode-8b): the host's part decides there.
+nothing. Measured is 8b on two H200s (results/reference/h200-x4/decode-8b): unless passes are recorded, the host's part
+decides there.
 """
 
 from __future__ import annotations

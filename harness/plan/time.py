@@ -1,8 +1,8 @@
 """The time of a training step, term by term, from a machine's ceilings: arithmetic only.
 
 A step takes as long as the slowest of the device, which works through products, attention and passes over memory and
-waits for what no work hides on the wire; the host, which launches them; and the host's link. An optimizer on the host
-steps when all of that is done, and a pipeline's idle share comes on top. Letters are those of `dyno.plan.memory`.
+waits for what no work hides on the wire, and idles for a pipeline's share; the host, which launches them; and the host's
+link. An optimizer on the host steps when all of that is done. Letters are those of `dyno.plan.memory`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ COMPILED_CALL_S = 1.2e-3  # of a block compiled by itself, forward and backward:
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
-MERGE_BYTES = (
-    35.0,
-    38.0,
-)  # a number of the queries, by a hop of a ring: its part of the output, of the gradients, in fp32
+# Bytes a number of the queries by a hop of a ring: its part of the output, and of the gradients, in fp32.
+MERGE_BYTES = (35.0, 38.0)
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
@@ -161,7 +159,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
 
 def slowest(shape: Shape, prints: Sequence[Footprint], machine: Machine, kind: str) -> dict[str, float]:
     """`step_terms` of the rank that all others wait for."""
-    return max((step_terms(shape, one, machine, kind) for one in prints), key=step_s)
+    every = [(step_terms(shape, one, machine, kind), one.bubble) for one in prints]
+    return max(every, key=lambda rank: step_s(*rank))[0]
 
 
 def step_s(terms: dict[str, float], bubble: float = 0.0) -> float:

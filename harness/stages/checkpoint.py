@@ -1,7 +1,11 @@
 """A training state on disk, whole whatever layout wrote it, so that any other may go on from it.
 
-A directory: `part-N.safetensors`, each with whole tensors (`weight.NAME`, `state.NAME.KEY` of the optimizer), and
-`index.json`, written last, that says which tensor lies where. Neither is pickle: opening a stranger's runs no code.
+A directory: `part-N.safetensors`, each with whole tensors (`weight.NAME`, `state.NAME.KEY` of the optimizer; KEY master is
+the fp32 weight where the model's own has 16 bits), and `index.json`, written last, that says which tensor lies where.
+Neither is pickle: opening a stranger's runs no code.
+
+An optimizer that keeps something elsewhere than in `state[parameter]` has `kept(parameter)`, and one that has masters
+`restore(parameter, values, master)`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,11 @@ def named(trainer: Trainer) -> Iterator[tuple[str, Any]]:
     return ((whole_name(name), parameter) for name, parameter in model.named_parameters())
 
 
+def kept(optimizer: Any, parameter: Any) -> dict[str, Any]:
+    """What an optimizer remembers of a parameter."""
+    return optimizer.kept(parameter) if hasattr(optimizer, "kept") else optimizer.state.get(parameter, {})
+
+
 def save(trainer: Trainer, directory: Path) -> Path:
     """Write the state after so many steps under `directory`; all ranks call this, those that have a part write it."""
     run, path = trainer.run, directory / f"step-{trainer.steps:07d}"
@@ -47,7 +56,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
 
     for name, parameter in named(trainer):
         keep(f"weight.{name}", parameter)
-        for key, value in sorted(trainer.optimizer.state[parameter].items()):
+        for key, value in sorted(kept(trainer.optimizer, parameter).items()):
             keep(f"state.{name}.{key}", value if isinstance(value, Tensor) else torch.tensor(value))
     part = f"part-{writes}.safetensors"
     if writes is not None:
@@ -87,29 +96,40 @@ class Reader:
             raise UserError(f"workload.resume={self.path}: {name} cannot be read from {file}: {error}") from error
 
 
+def placed(value: Tensor, parameter: Any, fused: bool) -> Any:
+    """A piece of the optimizer's state where it belongs: a count on the host, but for fused steps, a moment by its weight."""
+    if value.dim() == 0:
+        return int(value) if value.dtype == torch.int64 else value.to(parameter.device) if fused else value
+    value = value.to(parameter.device)
+    return like(value, parameter) if value.shape == parameter.shape else value
+
+
 def load(trainer: Trainer, path: Path) -> None:
     """Put a checkpoint's weights, optimizer state, step and place in the data into a fresh trainer."""
     reader, optimizer = Reader(path), trainer.optimizer
-    known, state = set(reader.names()), {}
-    places = {id(p): i for i, p in enumerate(trainer.parameters)}
+    known = set(reader.names())
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for name, parameter in named(trainer):
         if f"weight.{name}" not in known and name == "lm_head.weight":
             name = "embed.weight"  # tied where it was written
         if f"weight.{name}" not in known:
             raise UserError(f"workload.resume={path} has no {name}: it is of another model")
-        weight = reader.tensor(f"weight.{name}")
+        start = f"state.{name}."
+        values = {key.removeprefix(start): reader.tensor(key) for key in known if key.startswith(start)}
+        weight = values.pop("master", None)
+        weight = reader.tensor(f"weight.{name}") if weight is None else weight
         if weight.shape != parameter.shape:
             shapes = f"{tuple(weight.shape)}, here it is {tuple(parameter.shape)}"
             raise UserError(f"workload.resume={path} has {name} of shape {shapes}: it is of another model")
+        weight = like(weight.to(parameter.device), parameter)
         with torch.no_grad():
-            parameter.copy_(like(weight.to(parameter.device), parameter))
-        start = f"state.{name}."
-        values = {key.removeprefix(start): reader.tensor(key) for key in known if key.startswith(start)}
-        state[places[id(parameter)]] = {
-            key: like(value.to(parameter.device), parameter) if value.shape == parameter.shape else value
-            for key, value in values.items()
-        }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            parameter.copy_(weight)
+        # Not load_state_dict(), which casts codes and moments to the weight's type and parts optimizers that share a state.
+        state = {key: placed(value, parameter, fused) for key, value in values.items()}
+        if hasattr(optimizer, "restore"):
+            optimizer.restore(parameter, state, weight)
+        else:
+            optimizer.state[parameter] = state
     if trainer.run.part("scaler") and reader.index["scaler"]:
         trainer.run.part("scaler").load_state_dict(reader.index["scaler"])
     trainer.steps = int(reader.index["steps"])

@@ -15,13 +15,14 @@ from torch import distributed as dist
 from torch.optim.adamw import adamw as functional
 
 
-def is_split(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor lies on a mesh of ranks, in parts or whole."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor; detached, in the same memory."""
-    if not is_split(tensor):
+    if not is_dtensor(tensor):
         return tensor.detach()
     with torch.no_grad():
         part = tensor.to_local()
@@ -30,7 +31,7 @@ def local(tensor: Any) -> Tensor:
 
 def whole(tensor: Any) -> Tensor:
     """All of a sharded tensor, gathered on every rank, which call this together; or the tensor."""
-    return tensor.full_tensor() if is_split(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def like(full: Tensor, sharded: Any) -> Any:
@@ -63,7 +64,7 @@ def squares(gradients: Iterable[Any]) -> Tensor:
 
 def split_over(tensor: Any) -> tuple[dist.ProcessGroup, ...]:
     """The process groups over which a tensor is split."""
-    if not is_split(tensor):
+    if not is_dtensor(tensor):
         return ()
     mesh = tensor.device_mesh
     places = [i for i, at in enumerate(tensor.placements) if not at.is_replicate() and mesh.size(i) > 1]
@@ -79,7 +80,7 @@ def scale_to(gradients: Sequence[Any], max_norm: float, norm: Tensor) -> None:
 def clip(parameters: Sequence[Any], max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_, on a rank's own parts where gradients are split; returns their norm together."""
     gradients: list[Any] = [p.grad for p in parameters if p.grad is not None]
-    if not any(map(is_split, gradients)):
+    if not any(map(is_dtensor, gradients)):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = squares(gradients).sqrt()
     scale_to(gradients, max_norm, norm)
@@ -91,7 +92,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """PyTorch's AdamW, fused on a GPU, of parameters that may be split."""
     parameters = list(parameters)
-    kind = SplitAdamW if any(map(is_split, parameters)) else torch.optim.AdamW
+    kind = SplitAdamW if any(map(is_dtensor, parameters)) else torch.optim.AdamW
     return kind(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=parameters[0].device.type == "cuda")
 
 

@@ -66,7 +66,9 @@ class SpeculativeSession:
         accepted, gained = verify(p, torch.stack(guesses, 1), text[:, known:], self.generator)
         self.tokens = torch.cat((self.tokens, gained), 1)
         self.target.cache.rewind(known + accepted)
-        self.draft.cache.rewind(known + accepted)
+        # It has not read the last guess. One token further back, its next pass takes two whether or not that one was accepted:
+        # a round's first steps then meet every shape that a later one has.
+        self.draft.cache.rewind(known + accepted - 1)
         return gained.numel()
 
     def rewind(self) -> None:

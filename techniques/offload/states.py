@@ -58,6 +58,10 @@ class HostOptimizer(Offload):
             return (
                 "offload steps AdamW with fp32 masters on the host; take a precision that has some, such as bf16_master"
             )
+        if recipe.writes_state:
+            return (
+                "the state of an optimizer on the host is not written, nor read; leave out checkpoint_every and resume"
+            )
         if any(getattr(t, "loss_scaling", False) for t in techniques):
             return "loss scaling looks for overflow in gradients on the device, which have left it; take precision=bf16"
         return super().unsupported(recipe, device)

@@ -25,6 +25,11 @@ class SinglePassAdamW(torch.optim.Optimizer):
         norm, self.scale = clip_scale([p.grad for p in parameters if p.grad is not None], max_norm)
         return norm
 
+    def restore(self, parameter: nn.Parameter, values: dict[str, Any], master: Tensor) -> None:
+        """A checkpoint's word on a parameter."""
+        masters = {} if parameter.dtype == torch.float32 else {"master": master.float()}
+        self.state[parameter] = {**values, **masters}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:

@@ -25,6 +25,12 @@ class AdamW8bit(Technique):
     Paper: Dettmers et al. 2021, arXiv:2110.02861. The arithmetic is in fp32; on a GPU one Triton pass a parameter.
     """
 
+    def unsupported(self, recipe: Recipe, device: Device) -> str | None:
+        ranks = max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
+        if ranks > 1 and recipe.writes_state:
+            return "its codes are of a rank's part, which no other layout could go on from; take optimizer=adamw"
+        return None
+
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         return Footprint(optimizer_bytes=2 + 2 * 4 / 256)
 

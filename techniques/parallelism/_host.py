@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from dyno.techniques.parallelism.mesh import Mesh
 
 DISPATCH_S = 60e-6  # an operation on DTensors: its placements, then the operation on the local parts
-COLLECTIVE_S = {False: 0.76e-3, True: 0.5e-3}  # a change of placement, differentiable and awaited; in compiled code
-UNIT_S = {
-    False: 2.4e-3,
-    True: 3.5e-3,
-}  # FSDP2's hooks of a block: gather, copies, reduce and scatter; round compiled code
+# Eager, and in or round compiled code: a change of placement, differentiable and awaited; FSDP2's hooks of a block, which
+# gather, copy, reduce and scatter.
+COLLECTIVE_S = {False: 0.76e-3, True: 0.5e-3}
+UNIT_S = {False: 2.4e-3, True: 3.5e-3}
 HOOKS_S = 1.2e-3  # of that, what comes in every micro-batch, whether or not anything is sent
 GATHER_S = {False: 0.5e-3, True: 0.9e-3}  # and a gather again in the backward pass
 MESSAGE_S = 0.4e-3  # a send or a receive of a pipeline's schedule
@@ -40,9 +39,10 @@ def seconds(layout: Mesh, shape: Shape, part: Part, compiled: bool = False) -> t
     calls, again, once = 0.0, 0.0, 0.0  # of one micro-batch, what recomputing its blocks repeats, and of the step
     sharded = layout.dp * layout.cp > 1 and not layout.in_buckets
     if sharded:
-        unit, units = UNIT_S[compiled], part.layers + 1
-        calls += units * (unit if layout.zero == 3 else HOOKS_S) + GATHER_S[compiled] * part.layers * (layout.zero == 3)
-        once += units * (unit - HOOKS_S) * (layout.zero < 3)
+        units, sent = part.layers + 1, UNIT_S[compiled] - HOOKS_S
+        often = {3: sent, 2: sent / 2}.get(layout.zero, 0.0)  # level 2 scatters in every micro-batch, 3 gathers too
+        calls += units * (HOOKS_S + often) + GATHER_S[compiled] * part.layers * (layout.zero == 3)
+        once += units * (sent - often)
     if layout.tp > 1:
         gathers = 8 if layout.sequence_parallel else 4
         settled = 2 if layout.sequence_parallel else 0  # gradients of norms that saw a part of the tokens

@@ -40,11 +40,24 @@ class WideOptimizer(torch.optim.Optimizer):
         narrow = {w: p for p, w in wide.items()}
         groups = [{**g, "params": [narrow[w] for w in g["params"]]} for g in self.inner.param_groups]
         super().__init__(groups, {})
-        self.state = self.inner.state
+        self.state, self.wide = self.inner.state, wide
         self.chunks = chunked([(narrow[w], w) for g in self.inner.param_groups for w in g["params"]])
         if rounding is not None:
             for w in wide.values():
                 local(w).untyped_storage().resize_(0)
+
+    def kept(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What a checkpoint has of a parameter: the inner optimizer's state, and the master if there is one."""
+        wide = self.wide[parameter]
+        masters = {"master": wide} if self.rounding is None else {}
+        return {**self.inner.state.get(wide, {}), **masters}
+
+    @torch.no_grad()
+    def restore(self, parameter: nn.Parameter, values: dict[str, Any], master: Tensor) -> None:
+        wide = self.wide[parameter]
+        self.inner.state[wide] = values
+        if self.rounding is None:
+            local(wide).copy_(local(master))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
