@@ -52,7 +52,7 @@ def test_layouts_peak_where_the_plan_says(measured):
 
 def test_steps_take_what_the_plan_says(measured):
     """The constants of a layout's calls were fitted to these runs, so this says that they still hold."""
-    for name, median, most in (("h100-x2", 0.06, 0.25), ("h200-x2", 0.08, 0.5), ("h200-x4", 0.11, 0.7)):
+    for name, median, most in (("h100-x2", 0.09, 0.25), ("h200-x2", 0.07, 0.5), ("h200-x4", 0.08, 0.7)):
         errors = sorted(abs(row.error("time")) for row in measured[name])
         assert errors[len(errors) // 2] < median and errors[-1] < most, name
 
