@@ -45,9 +45,9 @@ def measured():
 
 
 def test_layouts_peak_where_the_plan_says(measured):
-    """All but two of pipelines, one of which rounded its weights by older code."""
+    """All but one, which rounded its weights by older code."""
     errors = sorted(abs(row.error("memory")) for rows in measured.values() for row in rows)
-    assert errors[-3] < 0.04 and errors[-1] < 0.1 and errors[len(errors) // 2] < 0.005
+    assert errors[-2] < 0.045 and errors[-1] < 0.1 and errors[len(errors) // 2] < 0.005
 
 
 def test_steps_take_what_the_plan_says(measured):

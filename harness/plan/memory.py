@@ -180,8 +180,11 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     block_cast = 0.0 if print_.visiting_blocks else narrow  # bytes a number; what visits comes as it is used
     block_cast = block_cast if print_.cast_bytes is None else print_.cast_bytes
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
-    cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split * print_.in_flight
-    checkpointed = print_.recompute_blocks > 0
+    checkpointed = (
+        print_.recompute_blocks > 0
+    )  # then no graph keeps the casts, only autocast, until its forward pass is over
+    cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split
+    cast_blocks *= 1.0 if checkpointed else print_.in_flight
     again = checkpointed and (print_.fused or (print_.cast_bytes is not None and not print_.keeps_products))
     cast = cast_head + (0.0 if again else cast_blocks)
 
