@@ -368,6 +368,7 @@ def main() -> None:
             [planner / f"random_recipes_{gpu}.json" for gpu in ("h100", "h200")],
             *(planner / name for name in ("published_runs.json", "serving.json")),
             [planner / f"layouts_{gpu}.json" for gpu in ("h100", "h200")],
+            reference.parent / "h200-x4" / "decode-8b",
         ),
     }
     path = ROOT / "README.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 from dyno.record import read_records
 
 
-def table(study: Path, drawn: list[Path], published: Path, served: Path, split: list[Path]) -> list[str]:
+def table(study: Path, drawn: list[Path], published: Path, served: Path, split: list[Path], decoded: Path) -> list[str]:
     """What was predicted before each run of the study, by nothing but arithmetic, against what was measured."""
     records = [r for r in read_records(study) if r["status"] == "ok"]
     lines = ["| predicted against | runs | median error | worst |", "|---|---|---|---|"]
@@ -75,5 +75,14 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
         found = serving[name]
         lines.append(
             f"| {label} of the served runs above | {found['runs']} | {found['median']:.1%} | {found['worst']:.1%} |"
+        )
+    for cache in ("contiguous", "static"):
+        row(
+            f"time per token of `kv_cache={cache}` in the decode of 8b above, as planned before its runs",
+            [
+                r["plan"]["serving"]["tpot_s"] / r["metrics"]["tpot_s"]["value"] - 1
+                for r in read_records(decoded)
+                if r["status"] == "ok" and r["choices"]["kv_cache"] == cache
+            ],
         )
     return [*lines, *outcomes]
