@@ -8,6 +8,7 @@ counts below were read off their traces under fake tensors (`benchmarks/plan_aga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -146,8 +147,9 @@ def loss_moments(shape: Shape, print_: Footprint, stored: float) -> tuple[float,
         waiting = sums * head + states
         scaled = (sums + (stored if stored < sums else 0.0)) * head  # and rounded
         return (1 + many) * w * logits + waiting + narrow, waiting + states + scaled
-    if print_.fused_loss:
-        return w * logits + narrow, w * logits + narrow + FP32 * head + states
+    if print_.fused_loss:  # the chunks' parts of the head's gradient wait for one sum of them all
+        parts = math.ceil(tokens / print_.logits_rows) * w * head if many else 0.0
+        return w * logits + narrow, w * logits + narrow + parts + FP32 * head + states
     chain = 2 * FP32 + (w if mixed or many else 0.0)  # the slopes: two of a chain in fp32, and what the last one left
     adding = w * logits + (2 * FP32 + w) * head  # the sum of the head's gradient, out of place
     rounding = (2 * FP32 + (stored if stored < FP32 else 0.0)) * head + states  # beside its input's, put together
