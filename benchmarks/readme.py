@@ -129,7 +129,8 @@ def scaling_table(where: Path) -> list[str]:
     lines = [
         "",
         f"Scaling of compiled steps (`compile.per_block=true`) on {most} {next(iter(cells.values()))['fingerprint']['device']}: "
-        "tokens/s, and of a share of as many single GPUs' (strong: of the whole batch on one; weak: of a GPU's rows on one).",
+        "tokens/s, and their share of what as many single GPUs would make (strong: each by itself with the whole batch; weak: "
+        "with its own rows).",
         "",
         f"| model and tokens | layout | | 1 GPU | {' | '.join(heads)} |",
         "|---|---|---|---|" + "---|" * len(counts),
