@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_decode_of_8b_on_one_and_two_gpus_takes_what_the_plan_says():
     rows = [row for name in ("h100-x2", "h200-x4") for row in benchmark().errors(reference / name / "decode-8b")]
     assert len(rows) == 11
     assert all(abs(row["tpot_s_error"]) <= 0.3 and abs(row["ttft_s_error"]) <= 0.45 for row in rows)
+
+
+def test_a_recorded_decode_pass_has_no_host_but_in_its_prefill():
+    device = replace(GPU, name="NVIDIA H200", memory_bytes=140 * 2**30, count=2)
+    words = [
+        "model=8b",
+        "precision=bf16",
+        "attention=sdpa",
+        "workload=generate",
+        "workload.prompt=1024",
+        "hardware=h100",
+    ]
+    static, contiguous = (predict(compose([*words, f"kv_cache={o}"]), device) for o in ("static", "contiguous"))
+    a, b = static.serving, contiguous.serving
+    assert a.prefill == b.prefill and static.terms == contiguous.terms
+    assert b.decode["host"] > 50 * a.decode["host"] > 0
+    assert a.decode["attention"] > b.decode["attention"]  # all of the allocated keys
+    assert a.tpot_s < b.tpot_s
+    two = predict(compose([*words, "kv_cache=static", "parallelism=tensor", "parallelism.tp=2"]), device).serving
+    assert two.tpot_s < a.tpot_s and two.decode["host"] == a.decode["host"]
 
 
 def test_the_plan_of_a_generate_workload_says_so(capsys):

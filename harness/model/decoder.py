@@ -166,9 +166,7 @@ class Block(nn.Module):
 
 def count_up(start: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Positions (S,) fp32 of consecutive tokens."""
-    if isinstance(start, Tensor):
-        return start + torch.arange(count, device=device, dtype=torch.float32)
-    return torch.arange(start, start + count, device=device, dtype=torch.float32)
+    return start + torch.arange(count, device=device, dtype=torch.float32)
 
 
 def call_plainly(block: nn.Module, *args: Any) -> Tensor:

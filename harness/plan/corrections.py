@@ -18,8 +18,8 @@ from dyno.record import write_json
 
 MEMORY_TERMS = {
     "weights": "state", "optimizer": "state", "master": "state", "gradients": "state", "standing": "state",
-    "cast weights": "cast weights", "activations": "activations", "logits": "logits", "recomputed inside": "recomputed inside",
-    "temporaries": "temporaries", "extra": "extra",
+    "cast weights": "cast weights", "visiting weights": "cast weights", "activations": "activations", "logits": "logits",
+    "recomputed inside": "recomputed inside", "temporaries": "temporaries", "extra": "extra",
 }  # fmt: skip
 MEMORY_GROUPS = tuple(dict.fromkeys(MEMORY_TERMS.values()))
 

@@ -182,9 +182,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     block_cast = 0.0 if print_.visiting_blocks else narrow  # bytes a number; what visits comes as it is used
     block_cast = block_cast if print_.cast_bytes is None else print_.cast_bytes
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
-    checkpointed = (
-        print_.recompute_blocks > 0
-    )  # then no graph keeps the casts, only autocast, until its forward pass is over
+    # Where blocks run again no graph keeps casts, only autocast does, until its forward pass is over.
+    checkpointed = print_.recompute_blocks > 0
     cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split
     cast_blocks *= 1.0 if checkpointed else print_.in_flight
     again = checkpointed and (print_.fused or (print_.cast_bytes is not None and not print_.keeps_products))
@@ -219,7 +218,12 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
     # While a block computes; none is there when the loss does.
     visiting = w * print_.visiting_blocks * one + stored * print_.gathered_numbers
-    forward = {**alive, "cast weights": cast + visiting, "temporaries": max(0.0, block.forward * per_block)}
+    forward = {
+        **alive,
+        "cast weights": cast,
+        "visiting weights": visiting,
+        "temporaries": max(0.0, block.forward * per_block),
+    }
     loss = max(
         alive | {"logits": loss_forward + others, "cast weights": cast},
         alive | {"logits": loss_backward + others, "cast weights": cast_head if checkpointed else cast},
@@ -239,7 +243,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "activations": kept + ends,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": cast_kept + visiting,
+        "cast weights": cast_kept,
+        "visiting weights": visiting,
         "temporaries": max(0.0, moments - block.norm * tokens),
     }
     embedding = gradient * shape.vocab * shape.hidden * print_.width_factor
@@ -250,7 +255,8 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "activations": boundary if checkpointed else kept_inside,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": block_cast * segment * one + visiting,
+        "cast weights": block_cast * segment * one,
+        "visiting weights": visiting,
         "temporaries": max(0.0, moments),
     }
     # A model compiled as a whole hands out all its gradients at its end: beside those of the micro-batches before.

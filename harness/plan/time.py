@@ -15,7 +15,7 @@ from dyno.technique import Footprint, Shape
 
 RAMP_S = 6e-6
 # Of the rate of short products, as the probe's, in step after step: a power limit takes the clock back. Right after steps of an
-# MFU over 30% it is still 1590 to 1845 MHz of 1980 (43 H200 records). Fitted to the random recipes.
+# MFU over 30% it is 1590 to 1845 MHz of 1980 in the middle half of 43 H200 records. Set by the random recipes' errors.
 SUSTAINED = 0.9
 BACKWARD_ATTENTION = 2.5 / 0.8  # the products of a backward pass over a forward's, at 0.8 of its rate
 PASSES = {  # kernels a block: forward, backward
@@ -26,11 +26,14 @@ UNFUSED_KERNELS = 8.0
 # Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
 # us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
 LAUNCH_S = {False: 20e-6, True: 30e-6}
-COMPILED_CALL_S = 1.2e-3  # of a block compiled by itself, forward and backward: guards and wrappers (six H200 records)
+# Of a block compiled by itself, forward and backward, its guards and wrappers: of 0 to 1.2 ms what leaves the least error over
+# 41 records of H100s and H200s.
+COMPILED_CALL_S = 1.2e-3
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
-# Bytes a number of the queries by a hop of a ring: its part of the output, and of the gradients, in fp32.
+# Bytes a number of the queries by a hop of a ring, for its part of the output and of the gradients, in fp32: an estimate from
+# the passes of `_ring.py`, three quarters of the queries taking part in a hop.
 MERGE_BYTES = (35.0, 38.0)
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100

@@ -36,7 +36,7 @@ def whole(tensor: Any) -> Tensor:
 
 def like(full: Tensor, sharded: Any) -> Any:
     """A tensor that every rank has whole, cut as `sharded` is."""
-    if not hasattr(sharded, "placements"):
+    if not is_dtensor(sharded):
         return full
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -210,14 +210,8 @@ def key(pipeline: Pipeline, data_key: str) -> str:
     config = pipeline.recipe.config
     workload = {k: config["workload"][k] for k in ("batch", "seq", "steps", "lr")}
     subject = {"model": config["model"], "workload": workload, "seed": config["seed"]}
-    modules = [
-        "dyno.model.config",
-        "dyno.model.decoder",
-        "dyno.kernels",
-        "dyno.stages.batches",
-        "dyno.stages.shards",
-        __name__,
-    ]
+    parts = ("model.config", "model.decoder", "kernels", "stages.batches", "stages.shards")
+    modules = [*(f"dyno.{part}" for part in parts), __name__]
     if config["model"]["source"] != "config":
         from dyno.model import loaders
 

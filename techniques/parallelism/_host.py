@@ -1,7 +1,8 @@
 """What a layout costs the host in a step, beside the launches of its kernels: Python's work, by the call.
 
-Counts are those of PyTorch's engines; seconds a call come from the layouts measured on two H100s and on two and four H200s
-(results/reference/*/layouts), whose steps scatter by a fifth, and from a profile of one rank. No torch: plans need it.
+Counts are those of PyTorch's engines; seconds a call are set by hand to the layouts measured on two H100s and on two
+and four H200s (results/reference/*/layouts), whose steps scatter by a fifth, and to a profile of one rank. No torch:
+plans need it.
 """
 
 from __future__ import annotations
