@@ -14,7 +14,7 @@ FOR_MEMORY = {
     "master": "sharding it over ranks (parallelism) or offload",
     "gradients": "sharding them over ranks (parallelism), 16-bit gradients (precision) or offload",
     "weights": "sharding them over ranks (parallelism), lower precision, or fewer parameters",
-    "standing": "a split that leaves fewer whole weights and gradients standing on every rank (parallelism)",
+    "standing buffers": "a split that leaves fewer whole weights and gradients standing on every rank (parallelism)",
     "unmodified model": "fewer evaluation tokens change nothing: the model beside it must fit too",
     "kv cache": "fewer or shorter requests, fewer KV heads, or a narrower cache",
     "extra": "fewer buffers of the chosen techniques",

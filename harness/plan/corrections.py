@@ -17,7 +17,7 @@ from dyno.plan.memory import Phases
 from dyno.record import write_json
 
 MEMORY_TERMS = {
-    "weights": "state", "optimizer": "state", "master": "state", "gradients": "state", "standing": "state",
+    "weights": "state", "optimizer": "state", "master": "state", "gradients": "state", "standing buffers": "state",
     "cast weights": "cast weights", "visiting weights": "cast weights", "activations": "activations", "logits": "logits",
     "recomputed inside": "recomputed inside", "temporaries": "temporaries", "extra": "extra",
 }  # fmt: skip

@@ -171,7 +171,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "weights": stored * held * print_.parameter_factor,
         "optimizer": state * held * print_.optimizer_factor,
         "master": print_.master_bytes * held * print_.optimizer_factor,
-        "standing": stored * print_.standing_numbers,
+        "standing buffers": stored * print_.standing_numbers,
         "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES),
     }
     gradients = gradient * held * print_.gradient_factor
