@@ -33,7 +33,7 @@ from dyno import runner
 from dyno.errors import UserError
 from dyno.measure.environment import detect
 from dyno.plan import predict
-from dyno.recipe import Recipe, compose, groups
+from dyno.recipe import LEAST_GIB, Recipe, compose, groups
 from dyno.show import line
 
 # Options by axis with their weights; one that this checkout does not have is left out.
@@ -156,6 +156,8 @@ class Campaign:
                 continue
             if given.audit:
                 limit = given.audit * plan.needed_bytes / 2**30
+                if limit < LEAST_GIB:
+                    continue
                 recipe = compose([*recipe.overrides, f"measure.memory_limit_gib={limit:.3f}"])
             yield key, recipe, int(plan.peak_memory_bytes or 0)
 

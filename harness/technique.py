@@ -69,9 +69,9 @@ class Footprint:
     Amounts. `master_bytes` a parameter of a wider copy; of the copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
     `one_pass_step`, and `gathered_step_bytes` of whole weights on every rank; `boundaries`: block inputs kept instead
-    of the blocks' insides; `standing_numbers` of a parameter's width all step long beside weights and gradients, and
-    `gathered_numbers` as long as blocks compute; `visiting_blocks` whose weights are on the device, of an activation's
-    width, for as long; `recompute_blocks` whose inside the backward pass makes again and holds at once, `blocks_again`,
+    of the blocks' insides; `standing_numbers` of a parameter's width, and `gathered_numbers` of an activation's, all step
+    long beside weights and gradients; `visiting_blocks` whose weights are on the device, of an activation's width, as long
+    as blocks compute; `recompute_blocks` whose inside the backward pass makes again and holds at once, `blocks_again`,
     the share of the blocks whose forward pass it runs again; `extra_bytes`; `host_bytes`; `host_traffic_bytes` that
     leave for the host and `host_weights`, numbers of an activation's width that come from it, in a micro-batch;
     `host_updates`, parameters that the host steps, while `host_return_bytes` come back, and `host_activations`, numbers
@@ -310,6 +310,14 @@ class Run:
     def wrap(self, name: str, wrapper: Callable[[Any], Any], *, by: Technique) -> None:
         """Put a layer round a part: part = wrapper(part)."""
         self.parts[name] = wrapper(self.parts[name])
+
+    def product_dtype(self) -> torch.dtype:
+        """The type that matrix products take weights in: autocast's, or else the weights' own."""
+        import torch
+
+        kind = self.device.type
+        with self.part("autocast")():
+            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.part("weights_dtype")
 
     def note(self, key: str, value: Any) -> None:
         """Keep a JSON value for the record's details."""

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zbv": (2, pipeline("zbv")),
     "ring": (2, ["parallelism=context"]),
     "ulysses": (2, ["parallelism=context", "parallelism.context=ulysses", "attention=math"]),
+    "zero1_bf16": (2, ["parallelism=zero1", "precision=bf16", *TWICE]),
     "zero3_bf16": (2, ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"]),
     "1f1b_bf16": (2, [*pipeline("1f1b"), "precision=bf16", "checkpointing=uniform"]),
     "tensor_bf16": (2, ["parallelism=tensor", "precision=bf16", "checkpointing=uniform"]),
@@ -159,7 +160,7 @@ def trained(case: str, recipe: Recipe, directory: Path, rank: int = 0) -> dict[s
     out["losses"] = torch.stack(losses)
     if case == "tensor":  # a compiled block takes no tensor whose collective is in flight
         assert type(model.embed(tiny.tokens(2, 16))) is torch.Tensor
-    with torch.no_grad():
+    with torch.no_grad(), run.part("autocast")():
         out["logits"] = run.part("forward")(tiny.tokens(2, 16))
     return out | {f"state.{name}": tensor.clone() for name, tensor in run.part("state_dict")().items()}
 
@@ -218,7 +219,7 @@ def test_the_gathered_weights_and_every_ranks_evaluation_are_those_of_one_proces
         torch.testing.assert_close(seen["logits"], expected["logits"], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["zero3_bf16", "1f1b_bf16", "tensor_bf16"])
+@pytest.mark.parametrize("case", ["zero1_bf16", "zero3_bf16", "1f1b_bf16", "tensor_bf16"])
 def test_layouts_with_bf16_and_checkpointing_train_like_bf16(case, results):
     for seen in results[case]:
         torch.testing.assert_close(seen["losses"], results["one_bf16"][0]["losses"], atol=0.03, rtol=0)
@@ -270,10 +271,10 @@ def layout_of(case: str):
     return layout, type(shape)(**{**vars(shape), "micro_batches": splits})
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [*EXACT, "zero1_bf16", "zero3_bf16"])  # the latter gather blocks in bf16
 def test_a_step_sends_what_the_formula_says(case, results):
     layout, shape = layout_of(case)
-    said = combined(t.footprint(shape, None) for axis in ("parallelism", "checkpointing") for t in
+    said = combined(t.footprint(shape, None) for axis in ("parallelism", "checkpointing", "precision") for t in
                     recipe_of(case).techniques[axis])  # fmt: skip
     expected = time.wire_bytes(said)
     counted = float(results[case][0]["wire_bytes"])

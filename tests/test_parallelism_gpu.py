@@ -22,25 +22,30 @@ pytestmark = pytest.mark.gpu
 pair = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("dtype", "by_cudnn"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize(("queries", "keys", "causal"), [(123, 123, True), (96, 48, False), (5, 70, False)])
-def test_a_part_and_its_gradients_are_attention(dtype, queries, keys, causal):
-    from dyno.techniques.parallelism._ring import attend, attend_backward
+def test_a_part_and_its_gradients_are_attention(dtype, by_cudnn, key_heads, queries, keys, causal):
+    from dyno.techniques.parallelism._ring import attend, attend_backward, cudnn_takes
 
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, n, 64) for n in (queries, keys, keys, queries)]
+    shapes = [(2, heads, n, 64) for heads, n in ((4, queries), (key_heads, keys), (key_heads, keys), (4, queries))]
     q, k, v, grad = (torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes)
+    if by_cudnn and not cudnn_takes(q, k, v, causal):
+        pytest.skip("a GPU whose cuDNN takes these")
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = reference(*leaves, causal=causal)
     expected.backward(grad)
-    out, log_sum = attend(q, k, v, causal, 64**-0.5)
+    out, log_sum = attend(q, k, v, causal, 64**-0.5, by_cudnn)
     torch.testing.assert_close(out, expected, **tolerance(dtype))
-    scores = (q.float() @ k.float().transpose(-1, -2)) * 64**-0.5
+    scores = (q.float() @ k.float().repeat_interleave(4 // key_heads, 1).transpose(-1, -2)) * 64**-0.5
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
     torch.testing.assert_close(log_sum, scores.logsumexp(-1), atol=2e-2, rtol=1e-3)
     loose = {name: 5 * value for name, value in tolerance(dtype).items()}
-    got = attend_backward(grad, q, k, v, out, log_sum, causal, 64**-0.5)
+    got = attend_backward(grad, q, k, v, out, log_sum, causal, 64**-0.5, by_cudnn)
     for mine, leaf in zip(got, leaves, strict=True):
         torch.testing.assert_close(mine, leaf.grad, **loose)
 

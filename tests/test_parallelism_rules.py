@@ -60,7 +60,7 @@ def reason(tmp_path, layout, *overrides, on=None):
         (Mesh(pp=2), ["compile=on"], "add compile.per_block=true"),
         (Mesh(pp=2, schedule="zero_bubble"), ["compile=on", "compile.per_block=true"], "backward pass in two halves"),
         (Mesh(cp=2), ["workload.seq=126"], "workload.seq=126 cannot be split into 4 parts, twice parallelism.cp=2"),
-        (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of PyTorch's flash kernel"),
+        (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of cuDNN's or PyTorch's flash kernel"),
         (Mesh(cp=4, context="ulysses"), [], "model.kv_heads=2 cannot be split over parallelism.cp=4"),
         (Mesh(cp=2, tp=2, context="ulysses"), [], "parallelism.cp=2 x parallelism.tp=2, which ulysses needs"),
         (Mesh(tp=2), ["loss=chunked"], "the head is split over ranks: use loss=full"),
@@ -198,7 +198,7 @@ def test_what_is_sent_follows_the_papers():
     tie = 4 * 32000 * 768
     assert sent(Mesh(pp=4)) - tie <= 2 * tokens * 768 * 4 <= sent(Mesh(pp=4)) + tie
     key_bytes = 4 * tokens / 4 * 2 * 768
-    assert sent(Mesh(cp=4, zero=0)) - 2 * whole * 3 / 4 == pytest.approx(12 * (2 * 3 + 4) * key_bytes)
+    assert sent(Mesh(cp=4, zero=0)) - 2 * whole * 3 / 4 == pytest.approx(12 * 3 * 3 * key_bytes)
     ulysses = 12 * 2 * 4 * (4 * tokens / 4 * 768) * 3 / 4
     assert sent(Mesh(cp=4, context="ulysses")) - 2 * whole * 3 / 4 == pytest.approx(ulysses)
 

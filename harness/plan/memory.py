@@ -94,6 +94,11 @@ def activation_width(print_: Footprint) -> float:
     return FP32 if print_.activation_width is None else print_.activation_width
 
 
+def comes_narrow(print_: Footprint) -> bool:
+    """Whether a block's weights are gathered or copied in the width of its products, which then cast nothing."""
+    return print_.visiting_blocks > 0 or print_.gathered_numbers > 0
+
+
 def keeps_scores(shape: Shape, print_: Footprint) -> bool:
     """Whether the (s, s) matrix lies in memory: asked for, or fallen back to for grouped heads in fp32."""
     grouped = shape.kv_heads < shape.heads and activation_width(print_) >= FP32
@@ -171,7 +176,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "weights": stored * held * print_.parameter_factor,
         "optimizer": state * held * print_.optimizer_factor,
         "master": print_.master_bytes * held * print_.optimizer_factor,
-        "standing buffers": stored * print_.standing_numbers,
+        "standing buffers": stored * print_.standing_numbers + w * print_.gathered_numbers,
         "extra": print_.extra_bytes + (WORKSPACE_BYTES if kind == "cuda" else PROCESS_BYTES),
     }
     gradients = gradient * held * print_.gradient_factor
@@ -179,7 +184,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
     # cast again, and so do products with a cast of their own. A loss in chunks casts the head for itself.
     narrow = w if w < stored else 0.0
-    block_cast = 0.0 if print_.visiting_blocks else narrow  # bytes a number; what visits comes as it is used
+    block_cast = 0.0 if comes_narrow(print_) else narrow  # bytes a number
     block_cast = block_cast if print_.cast_bytes is None else print_.cast_bytes
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
     # Where blocks run again no graph keeps casts, only autocast does, until its forward pass is over.
@@ -217,7 +222,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     others = logits * (FP32 * print_.kept_losses + w * print_.kept_outputs)
     alive = {**base, "gradients": before, "activations": kept + ends, **mask}
     # While a block computes; none is there when the loss does.
-    visiting = w * print_.visiting_blocks * one + stored * print_.gathered_numbers
+    visiting = w * print_.visiting_blocks * one
     forward = {
         **alive,
         "cast weights": cast,

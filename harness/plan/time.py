@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dyno.plan.machine import Machine
-from dyno.plan.memory import FP32, activation_width, keeps_scores, masked
+from dyno.plan.memory import FP32, activation_width, comes_narrow, keeps_scores, masked
 from dyno.technique import Footprint, Shape
 
 RAMP_S = 6e-6
@@ -130,7 +130,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
     state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
     weights = shape.linear_parameters * split / machine.memory * micro
-    weights *= (2 * (stored + w) if w < stored else 0.0) + (3 * gradient if micro > 1 else 0.0)
+    casts = w < stored and not comes_narrow(print_)
+    weights *= (2 * (stored + w) if casts else 0.0) + (3 * gradient if micro > 1 else 0.0)
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     moved += 0.0 if print_.steps_narrow else print_.step_traffic
@@ -139,7 +140,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
     if unfused and not fused:
         kernels += UNFUSED_KERNELS * (3 + again)
-    if w < stored and not fused:
+    if casts and not fused:
         kernels += 7 * (2 + again)
     host = LAUNCH_S[fused] * kernels * calls * print_.host_factor if kind == "cuda" else 0.0
     if kind == "cuda" and fused:

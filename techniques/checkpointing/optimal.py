@@ -198,8 +198,7 @@ def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
             return tensor
 
         with run.part("autocast")(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            auto = torch.is_autocast_enabled(run.device.type)
-            dtype = torch.get_autocast_dtype(run.device.type) if auto else run.part("weights_dtype")
+            dtype = run.product_dtype()
             x = torch.ones(rows, seq, model.config.hidden, device=run.device, dtype=dtype, requires_grad=True)
             angles = torch.ones(seq, model.config.head_dim, device=run.device, dtype=dtype)
             out = block(x, angles, angles, run.part("attention"), None)

@@ -63,13 +63,9 @@ class HostParameters(HostOptimizer):
         super().apply(run)
 
     def optimizer(self, run: Run, model: nn.Module, plain: Callable[..., Any], lr: float, side: Side) -> HostAdamW:
-        import torch
-
         from dyno.techniques.offload._host import adamw_settings
         from dyno.techniques.offload._stream import StreamingAdamW
 
-        with run.part("autocast")():
-            kind = run.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else run.part("weights_dtype")
+        dtype = run.product_dtype()
         run.note("blocks_travel_as", str(dtype).removeprefix("torch."))
         return StreamingAdamW(model, adamw_settings(plain, lr), lambda n: self.state(run, n, side), side, dtype)

@@ -66,7 +66,8 @@ def split(grid: Grid, run: Run) -> None:
     run.wrap("local_batch", local_batch, by=layout)
     run.wrap("forward", evaluated, by=layout)
     if layout.context == "ring":
-        run.wrap("attention", lambda attend: ring_attention(group), by=layout)
+        cudnn = run.recipe.option("attention") != "sdpa_flash"
+        run.wrap("attention", lambda attend: ring_attention(group, cudnn), by=layout)
     else:
         run.wrap("attention", lambda attend: ulysses_attention(attend, group, ranks), by=layout)
 

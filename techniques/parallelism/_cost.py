@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyno.technique import Footprint, Shape
-from dyno.techniques.attention.sdpa import RATES
 from dyno.techniques.parallelism import _host, _orders, _stages
 
 if TYPE_CHECKING:
@@ -55,22 +54,24 @@ def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
     return Part(layers, block, table * (0 in mine), table * last, last, _stages.sends(layout, pp_rank), held)
 
 
-def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
-    """Numbers of a weight's width that a rank sends in a step for its replicas' and shards' sake."""
+def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
+    """Numbers that a rank sends in a step for its replicas' and shards' sake: of a weight's width, and of an activation's,
+    which is what blocks are gathered in."""
     here = part.weights / layout.tp
     blocks = part.layers * part.block / layout.tp
-    scattered, micro = here * ring(layout.shards), shape.micro_batches
-    once = 2 * here / layout.shards * ring(layout.copies)
-    if layout.zero == 1:
-        once += 2 * scattered
-    elif layout.zero == 2:
-        once += (1 + micro) * scattered
-    elif layout.zero == 3:
-        again = blocks * ring(layout.reshard_to or layout.shards)
-        once += micro * (2 * scattered + again)
+    micro = shape.micro_batches
+    scattered, gathered = here * ring(layout.shards), blocks * ring(layout.shards)
+    ends = scattered - gathered  # gathered in their own width
+    wide, narrow = 2 * here / layout.shards * ring(layout.copies), 0.0
+    if layout.zero:
+        reductions, gathers = {1: (1, 1), 2: (micro, 1), 3: (micro, micro)}[layout.zero]
+        wide += reductions * scattered + gathers * ends
+        narrow += gathers * gathered
+    if layout.zero == 3:
+        narrow += micro * blocks * ring(layout.reshard_to or layout.shards)
     if layout.pp > 1 and tied(shape) and bool(part.embedding) != bool(part.head):
-        once += part.embedding / layout.tp / layout.shards + part.head / layout.tp / layout.shards
-    return once
+        wide += part.embedding / layout.tp / layout.shards + part.head / layout.tp / layout.shards
+    return wide, narrow
 
 
 def tied(shape: Shape) -> bool:
@@ -106,16 +107,19 @@ def hidden_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
     return numbers
 
 
-def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> float:
-    """Bytes sent in fp32 whatever the activations are, and waited for: a ring's gradients of keys and values, a
-    softmax's sums."""
+def wide_bytes(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
+    """Bytes sent in fp32 whatever the activations are, and those of them that are waited for.
+
+    A ring's gradients of keys and values, of which the last hop has no work beside it; a softmax's sums.
+    """
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
-    total = 0.0
+    hop = 0.0
     if layout.cp > 1 and layout.context == "ring":
-        total += 4 * part.layers * layout.cp * tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
+        hop = 4 * part.layers * tokens * 2 * shape.kv_heads * shape.head_dim / layout.tp
+    sums = 0.0
     if layout.loss_parallel:  # its maximum, its sum, and the target's logit
-        total += 4 * part.has_head * 3 * 2 * tokens * ring(layout.tp)
-    return total
+        sums = 4 * part.has_head * 3 * 2 * tokens * ring(layout.tp)
+    return (layout.cp - 1) * hop + sums, hop + sums
 
 
 def again_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
@@ -145,28 +149,26 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     whole, micro = part.weights / layout.tp, layout.micro_batches if layout.pp > 1 else 1
     layers = part.layers / shape.layers
     weights = part.weights / shape.parameters / layers
-    standing, visiting, gradients = 0.0, 0.0, 1.0
+    standing, gathered, visiting, gradients = 0.0, 0.0, 0.0, 1.0
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
         standing, gradients = whole, 0.0
-    elif layout.zero >= 2:  # and one block's before they are scattered
+    elif layout.copies * layout.shards > 1:  # FSDP2 gathers into buffers beside the shards, even where one is all
+        standing = (part.embedding + part.head) / layout.tp
+        gathered = 0.0 if layout.zero == 3 else whole - standing
+        visiting = 2.0 if layout.zero == 3 else 0.0  # two blocks are in flight
+    if layout.zero >= 2:  # and one block's before they are scattered
         gradients = 1 / layout.shards + part.block / part.weights
-    if layout.zero == 3:  # what the root holds; two blocks are in flight
-        standing, visiting = (part.embedding + part.head) / layout.tp, 2 * part.block / layout.tp
     # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices; where tokens
     # are split there, the matrices' two inputs are gathered and kept.
     outside = (2 if layout.token_shards > 1 else 6) * shape.hidden / (14 * shape.hidden + 4 * shape.ffn)
     unsplit = 1 + (layout.tp - 1) * outside
-    gathered = 1 / layout.shards
-    if layout.zero < 3 and layout.copies * layout.shards > 1 and not layout.in_buckets:
-        gathered += 1.0  # FSDP2 gathers into a buffer beside the shards, even where there is one shard
-    waited, wide = waited_numbers(layout, shape, part), wide_bytes(layout, shape, part)
+    waited, (wide, wide_waited) = waited_numbers(layout, shape, part), wide_bytes(layout, shape, part)
+    wire_weights, wire_gathers = weight_numbers(layout, shape, part)
     waited_again, ring_again = again_numbers(layout, shape, part)
     host, host_again = _host.seconds(layout, shape, part)
     compiled, compiled_again = _host.seconds(layout, shape, part, compiled=True)
     return Footprint(
-        # PyTorch's flash kernel attends to the parts of a ring, whatever the attention is.
-        attention_rate=RATES["flash"] if layout.cp > 1 and layout.context == "ring" else None,
-        parameter_factor=gathered * weights,
+        parameter_factor=weights / layout.shards,
         gradient_factor=gradients * weights,
         optimizer_factor=weights / layout.shards,
         batch_factor=1 / (micro * layout.dp * layout.cp),
@@ -183,14 +185,15 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         head_factor=float(part.has_head),
         in_flight=part.held.blocks / part.layers,
         standing_numbers=standing,
-        gathered_numbers=visiting,
-        wire_weights=weight_numbers(layout, shape, part),
-        wire_activations=waited + hidden_numbers(layout, shape, part),
+        gathered_numbers=gathered,
+        visiting_blocks=visiting,
+        wire_weights=wire_weights,
+        wire_activations=waited + hidden_numbers(layout, shape, part) + wire_gathers,
         wire_bytes=wide,
         wire_again=waited_again + ring_again,
         waited_activations=waited,
         waited_again=waited_again,
-        waited_bytes=wide,
+        waited_bytes=wide_waited,
         host_s=host,
         host_again_s=host_again,
         host_compiled_s=compiled,

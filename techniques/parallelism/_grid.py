@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dyno.measure.together import gathered
@@ -82,6 +83,9 @@ def settle(model: nn.Module) -> None:
 
 def state_dict(model: nn.Module, grid: Grid) -> dict[str, Tensor]:
     """The whole model's tensors on the CPU of rank 0, under the names of one process; every rank calls this."""
+    for module in model.modules():  # an evaluation leaves blocks gathered, in the type of their products
+        if isinstance(module, FSDPModule):
+            module.reshard()
     mine = {
         grid.whole_name(name): whole(p.detach()).cpu() for name, p in model.named_parameters(remove_duplicate=False)
     }

@@ -20,53 +20,83 @@ from torch import distributed as dist
 aten = torch.ops.aten
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """One part by PyTorch's flash kernel: out (B, H, S, D) and the log of the softmax's sum (B, H, S) fp32."""
+def cudnn_takes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    """Whether cuDNN's kernel attends to them: 16-bit tensors on a GPU that it knows."""
+    if q.device.type != "cuda" or q.dtype == torch.float32:
+        return False
+    cuda = torch.backends.cuda
+    return cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1]))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, by_cudnn: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One part: out (B, H, S, D) and the log of the softmax's sum (B, H, S) fp32."""
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        if by_cudnn:
+            out, log_sum = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+        else:
+            out, log_sum = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        return out, log_sum.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+    k, v = (repeated(x, q.shape[1] // k.shape[1]) for x in (k, v))
     if q.device.type == "cpu":
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    elif q.dtype == torch.float32:
-        out, log_sum, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     else:
-        out, log_sum = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        out, log_sum, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, log_sum[..., : q.shape[2]].float()
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scale: float,
+    by_cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one part, given the output and the sum over ALL parts: they make its weights right."""
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
+    queries, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        if by_cudnn:
+            return aten._scaled_dot_product_cudnn_attention_backward(
+                grad, q, k, v, out, log_sum.unsqueeze(-1), state[0], state[1], None, None, None, queries, keys, 0.0,
+                causal, scale=scale,
+            )  # fmt: skip
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, log_sum.contiguous(), None, None, queries, keys, 0.0, causal, state, state, scale=scale
+        )
+    k, v = (repeated(x, groups) for x in (k, v))
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, log_sum, 0.0, causal, scale=scale
         )
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
-    if q.dtype == torch.float32:
-        rows = -q.shape[2] % 32  # the kernel reads whole tiles of the sums
-        padded = torch.nn.functional.pad(log_sum, (0, rows)).contiguous()
-        wanted = [True, True, True, False]
-        return aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, None, out, padded, state[0], state[1], 0.0, wanted, causal, scale=scale
-        )[:3]
-    queries, keys = q.shape[2], k.shape[2]
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, log_sum.contiguous(), None, None, queries, keys, 0.0, causal, state, state, scale=scale
-    )
+    else:  # whose kernel reads whole tiles of the sums
+        padded = torch.nn.functional.pad(log_sum, (0, -queries % 32)).contiguous()
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, k, v, None, out, padded, state[0], state[1], 0.0, [True, True, True, False], causal, scale=scale
+        )
+    return dq, summed(dk, groups), summed(dv, groups)
 
 
 class Hop:
-    """One exchange with the neighbours in flight: tensors go to the next rank, those of the one before come in."""
+    """One exchange with the neighbours in flight: a tensor goes to the next rank, that of the one before comes in."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], group: Any):
+    def __init__(self, tensor: Tensor, group: Any):
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         after = dist.get_global_rank(group, (rank + 1) % ranks)
         before = dist.get_global_rank(group, (rank - 1) % ranks)
-        self.sent = tuple(x.contiguous() for x in tensors)
-        self.received = tuple(torch.empty_like(x) for x in self.sent)
-        sends = [dist.P2POp(dist.isend, x, after, group) for x in self.sent]
-        receives = [dist.P2POp(dist.irecv, x, before, group) for x in self.received]
-        self.works = dist.batch_isend_irecv(sends + receives)
+        self.sent, self.received = tensor, torch.empty_like(tensor)  # what is sent stays until it is
+        send, receive = (
+            dist.P2POp(dist.isend, tensor, after, group),
+            dist.P2POp(dist.irecv, self.received, before, group),
+        )
+        self.works = dist.batch_isend_irecv([send, receive])
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> Tensor:
         for work in self.works:
             work.wait()
         return self.received
@@ -89,64 +119,79 @@ def summed(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (-1, groups)).sum(2) if groups > 1 else x
 
 
+def merge(out: Tensor, log_sum: Tensor, new: Tensor, new_sum: Tensor) -> None:
+    """Take one more part into the fp32 output and the sums of those before, in place."""
+    share = torch.sigmoid(new_sum - log_sum)  # of the new part
+    out.lerp_(new.float(), share[..., None])
+    log_sum.copy_(torch.logaddexp(log_sum, new_sum))
+
+
 class Ring(torch.autograd.Function):
-    """Causal attention over a sequence whose parts lie on the ranks of a group."""
+    """Causal attention over a sequence whose parts lie on the ranks of a group.
+
+    Keys and values travel as one tensor (2, B, G, S, D). The first part is a rank's own; the gradients of the others'
+    travel behind them, while the next part is computed, and after the last hop are at home.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Any) -> Tensor:
-        rank, ranks, groups = dist.get_rank(group), dist.get_world_size(group), q.shape[1] // k.shape[1]
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        log_sum = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-        held: tuple[Tensor, ...] = (k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: Any, by_cudnn: bool) -> Tensor:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        held = torch.stack((k, v))
         for step in range(ranks):
             hop = Hop(held, group) if step < ranks - 1 else None
             rows, columns, causal = parts(rank, (rank - step) % ranks, q.shape[2])
-            keys, values = (repeated(x[:, :, columns], groups) for x in held)
-            new, new_sum = attend(q[:, :, rows], keys, values, causal, scale)
-            both = torch.logaddexp(log_sum[:, :, rows], new_sum)
-            old_share, new_share = (log_sum[:, :, rows] - both).exp(), (new_sum - both).exp()
-            out[:, :, rows] = out[:, :, rows] * old_share[..., None] + new * new_share[..., None]
-            log_sum[:, :, rows] = both
+            keys, values = held[..., columns, :]
+            new, new_sum = attend(q[:, :, rows], keys, values, causal, scale, by_cudnn)
+            if step == 0:
+                out, log_sum = new.float(), new_sum
+            else:
+                merge(out[:, :, rows], log_sum[:, :, rows], new, new_sum)
             held = hop.wait() if hop else held
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, log_sum)
-        ctx.scale, ctx.group = scale, group
+        ctx.scale, ctx.group, ctx.by_cudnn = scale, group, by_cudnn
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, out, log_sum = ctx.saved_tensors
-        group, groups = ctx.group, q.shape[1] // k.shape[1]
+        group = ctx.group
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        held: tuple[Tensor, ...] = (k, v)
-        # The gradients of a part's keys and values travel one hop behind it and end, after a whole round, at home.
-        travelling = tuple(torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in held)
+        held, behind = torch.stack((k, v)), None
         for step in range(ranks):
             hop = Hop(held, group) if step < ranks - 1 else None
             rows, columns, causal = parts(rank, (rank - step) % ranks, q.shape[2])
-            keys, values = (repeated(x[:, :, columns], groups) for x in held)
             mine = [x[:, :, rows].contiguous() for x in (grad, q, out, log_sum)]
+            keys, values = (x.contiguous() for x in held[..., columns, :])
             new_dq, *new_dkv = attend_backward(
-                mine[0], mine[1], keys.contiguous(), values.contiguous(), mine[2], mine[3], causal, ctx.scale
+                mine[0], mine[1], keys, values, mine[2], mine[3], causal, ctx.scale, ctx.by_cudnn
             )
-            dq[:, :, rows] += new_dq
-            for total, new in zip(travelling, new_dkv, strict=True):
-                total[:, :, columns] += summed(new, groups)
+            if step == 0:
+                dq, home = new_dq.float(), torch.stack([x.float() for x in new_dkv])
+            else:
+                dq[:, :, rows] += new_dq
+                travelling = behind.wait() if behind else torch.zeros_like(home)
+                for total, new in zip(travelling, new_dkv, strict=True):
+                    total[:, :, columns] += new
+                behind = Hop(travelling, group)
             held = hop.wait() if hop else held
-            travelling = Hop(travelling, group).wait()
-        dk, dv = travelling
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        if behind:
+            home += behind.wait()
+        return dq.to(q.dtype), *home.to(k.dtype), None, None, None
 
 
-def ring_attention(group: Any) -> Callable[..., Tensor]:
-    """The attention of a rank that holds its zig-zag part of the sequence; q (B, H, S, D), k and v (B, G, S, D)."""
+def ring_attention(group: Any, cudnn: bool = True) -> Callable[..., Tensor]:
+    """The attention of a rank that holds its zig-zag part of the sequence; q (B, H, S, D), k and v (B, G, S, D).
+
+    Its parts are cuDNN's where that takes them and `cudnn` allows it, else those of PyTorch's flash kernel.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
         assert causal
         if torch.is_autocast_enabled(q.device.type):  # the kernels are called below autocast's reach
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        return Ring.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, group)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return Ring.apply(q, k, v, scale, group, cudnn and cudnn_takes(q, k, v, causal))
 
     return attention

@@ -161,7 +161,7 @@ def context(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
     attention = recipe.option("attention")
     if layout.context == "ring" and attention not in RING_ATTENTIONS:
         yield (
-            f"attention={attention}: the ring merges the parts of PyTorch's flash kernel; use attention=sdpa, "
+            f"attention={attention}: the ring merges the parts of cuDNN's or PyTorch's flash kernel; use attention=sdpa, "
             "or parallelism.context=ulysses, which takes any"
         )
     if layout.context == "ulysses":

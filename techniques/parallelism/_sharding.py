@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dyno.technique import Run
@@ -36,13 +36,17 @@ def shard(grid: Grid, run: Run, roots: list[nn.Module]) -> None:
     """FSDP2 over every block and then each root (the model, or a pipeline's stages), at the layout's ZeRO level.
 
     Level 1 gathers weights and reduces gradients once a step, level 2 reduces after every micro-batch, level 3 gathers
-    too. Level 0 inside a larger mesh is the hybrid layout whose shards have one rank.
+    too. Level 0 inside a larger mesh is the hybrid layout whose shards have one rank. Blocks are gathered in the type of
+    their products, so that autocast finds nothing to cast; gradients are reduced in the weights' own.
     """
     layout = grid.layout
     mesh = grid.mesh["copies", "shards"] if layout.copies > 1 else grid.mesh["shards"]
     reshard: bool | int = layout.zero == 3 and (layout.reshard_to or True)
+    policy = MixedPrecisionPolicy(
+        param_dtype=run.product_dtype(), reduce_dtype=run.part("weights_dtype"), cast_forward_inputs=False
+    )
     for block in run.model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     wrapped: list[FSDPModule] = []
     for root in roots:  # its own weights are the first that the backward pass needs: they stay
         wrapped.append(fully_shard(root, mesh=mesh, reshard_after_forward=False))
