@@ -6,11 +6,11 @@
     python benchmarks/layouts.py --out results/layouts --seconds 0           # only shows what was measured
 
 A cell is MODEL/LAYOUT; the most telling come first. A second call goes on where the first stopped: done.jsonl has a line a
-cell. All cells of a model start from the same weights and take the same batches, so that their first losses must be those
-of its cell `one`, but for rounding: in bf16 within 0.4% over the first ten steps. Where weights are rounded at random
-(`deep`) ranks draw for their own shards, and only the loss before any step is compared. `strong` cells split one batch over
-fewer GPUs, `weak` ones keep the rows a GPU of the full machine. What the plan refuses costs nothing and is a row that says
-why. The last line on stdout is JSON.
+cell, and cells whose runs outdated.json names are run again. All cells of a model start from the same weights and take the
+same batches, so that their first losses must be those of its cell `one`, but for rounding: in bf16 within 0.4% over the first
+ten steps. Where weights are rounded at random (`deep`) ranks draw for their own shards, and only the loss before any step is
+compared. `strong` cells split one batch over fewer GPUs, `weak` ones keep the rows a GPU of the full machine. What the plan
+refuses costs nothing and is a row that says why. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -177,6 +177,12 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def outdated(out: Path) -> dict[str, str]:
+    """Runs by their names, and in what their step was another than this checkout's; written by hand, as outdated.json."""
+    path = out / "outdated.json"
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 def reference(key: str, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """The run that a cell's losses are held to: that of one GPU or, where the model does not fit into one, its group's
     first. `weak` cells on several GPUs have none."""
@@ -253,10 +259,11 @@ def listed(chosen: list[Cell], device: Device) -> None:
 
 def run(chosen: list[Cell], given: argparse.Namespace, out: Path) -> None:
     """Run what has no record yet, or one that ended by a failure under --again, until the time is over."""
-    started, known = time.monotonic(), read(out)
+    started, known, old = time.monotonic(), read(out), outdated(out)
     again = ("crashed", "timeout", "contaminated") if given.again else ()
     for cell in chosen:
-        if cell.key in known and known[cell.key]["status"] not in again:
+        before = known.get(cell.key)
+        if before and before["id"] not in old and before["status"] not in again:
             continue
         if time.monotonic() - started > given.seconds:
             return

@@ -1,10 +1,11 @@
 """The planner against records: errors before and after calibration, by option, on runs that the fit did not see.
 
-    python benchmarks/planner_error.py results/planner [more directories] [--store]
+    python benchmarks/planner_error.py results/planner [more directories] [--audited results/audit] [--store]
 
 Prints tables, and JSON last: predicted peak against max_memory_allocated, predicted step against the measured one, also
 of all runs whose steps were steady, and by draw what was planned before the runs;
-recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran.
+recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran, which are
+not judged otherwise: they are drawn recipes again.
 `--store` keeps the calibration for later plans on the device.
 """
 
@@ -93,9 +94,16 @@ def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
     return {draw: {what: summary(np.array(e)) for what, e in found.items()} for draw, found in errors.items()}
 
 
+def beside_others(folders: list[str]) -> int:
+    """Drawn runs whose steps were timed while others started or compiled on the same GPU."""
+    records = ((folder / "runs" / row["id"] / "record.json") for folder, row in done(folders) if row["status"] == "ok")
+    return sum(json.loads(path.read_bytes())["config"]["measure"].get("exclusive") == "window" for path in records)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
+    parser.add_argument("--audited", nargs="*", default=[], help="results directories of audits")
     parser.add_argument("--device", help="the device's name where there are several; default: the one with most runs")
     parser.add_argument("--worst", type=int, default=5, help="how many of the worst predictions are shown")
     parser.add_argument("--store", action="store_true")
@@ -141,7 +149,10 @@ def main() -> int:
             row = out[what]["steady"] = judged(steady, what, [])["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["as_planned"] = as_planned(arguments.folders)
-    out["outcomes"] = outcomes(arguments.folders)
+    shares = [float(row["key"].rpartition(" ")[2]) for _, row in done(arguments.audited)]
+    out["audited_share"] = max(shares, default=None)
+    out["beside_others"] = beside_others(arguments.folders)
+    out["outcomes"] = outcomes([*arguments.folders, *arguments.audited])
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:
         out["stored"] = [str(corrections.store(one)) for one in fitted]

@@ -4,8 +4,9 @@
 
 Reads every finished training record: those of benchmarks/layouts.py, of `dyno tune study=layout`, or any other. What was
 predicted is the plan that the record holds, made before its run; with --now it is predicted again by this checkout, from
-the ceilings that the record measured. Errors are predicted over measured, less one. Rows of one model, sequence and number
-of GPUs compete: the layout that the plan ranks first is compared with the best one measured. The last line on stdout is JSON.
+the ceilings that the record measured, and runs that a directory's outdated.json names are left out. Errors are predicted over
+measured, less one. Rows of one model, sequence and number of GPUs compete: the layout that the plan ranks first is compared with
+the best one measured. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import layouts
 import numpy as np
 
 from dyno.errors import UserError
@@ -86,8 +89,10 @@ def again(record: dict[str, Any], recipe: Recipe, gpus: int) -> dict[str, Any]:
 
 def read(folders: list[str], now: bool) -> Iterator[Measured]:
     for folder in folders:
+        old = layouts.outdated(Path(folder)) if now else {}
         for record in read_records(runs_dir(folder)):
-            if record["status"] != "ok" or record["config"]["workload"]["measures"] != "train":
+            trained = record["status"] == "ok" and record["config"]["workload"]["measures"] == "train"
+            if not trained or record["id"] in old:
                 continue
             recipe = Recipe(record["config"], record["choices"])
             gpus, words = layout_of(recipe)

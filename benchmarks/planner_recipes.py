@@ -178,7 +178,7 @@ class Campaign:
                 self.again.append((key, recipe))
                 return
             self.counts[record["status"] if record["status"] in self.counts else "other"] += 1
-            row = {"key": key, "id": record["id"], "status": record["status"], "audit": self.given.audit}
+            row = {"key": key, "id": record["id"], "status": record["status"], "refused": bool(self.given.audit)}
             with (self.out / "done.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{self.seconds:6.0f} s  {key}  {line(record)[:150]}", file=sys.stderr, flush=True)

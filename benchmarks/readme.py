@@ -6,6 +6,7 @@ Text between the markers `<!-- NAME -->` and `<!-- /NAME -->` is generated; noth
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -89,12 +90,22 @@ def peer_table(*paths: Path) -> list[str]:
     return lines
 
 
+MARK = "\\*"
+
+
+def remarks(records: Iterable[dict], old: dict[str, str]) -> list[str]:
+    """What rows with a mark, whose step was another than today's, were measured with."""
+    reasons = sorted({old[r["id"]] for r in records if r["id"] in old})
+    return ["", f"{MARK} {' '.join(reasons)}"] if reasons else []
+
+
 def layouts_table(where: Path) -> list[str]:
     """Parallel layouts beside one GPU: what the step takes, what of it waits for messages, and the losses."""
     cells = layouts.read(where)
     shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
     shown.sort(key=lambda cell: LAYOUTS.index(cell[0].partition("/")[0]))
     rows = {key: layouts.row_of(key, r, layouts.reference(key, cells)) for key, r in shown}
+    old = layouts.outdated(where)
     gpu, gpus = shown[0][1]["fingerprint"]["device"].split()[1], max(row["gpus"] for row in rows.values())
     bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
     lines = [
@@ -110,19 +121,21 @@ def layouts_table(where: Path) -> list[str]:
     for key, record in shown:
         name, row, workload = key.rpartition("/")[2], rows[key], record["config"]["workload"]
         share, apart = row["communication_share"], row["loss_apart"]
+        mark = MARK if record["id"] in old else ""
         apart = None if layouts.reference(key, cells) is record else apart
         lines.append(
-            f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name} | "
+            f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name}{mark} | "
             f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
             f"{'-' if share is None else f'{share:.0%}'} | {'-' if apart is None else f'{apart:.3%}'} |"
         )
-    return lines
+    return [*lines, *remarks((record for _, record in shown), old)]
 
 
 def scaling_table(where: Path) -> list[str]:
     """Compiled steps on 1, 2, ... GPUs: of one batch (strong), and of one that grows with them (weak)."""
     cells = layouts.read(where)
     rows = {key: layouts.row_of(key, r, None) for key, r in cells.items() if r["status"] == "ok"}
+    old = layouts.outdated(where)
     most = max(row["gpus"] for row in rows.values())
     counts = [count for count in (2, 4, 8) if count <= most]
     heads = [f"{count} GPUs" for count in counts]
@@ -143,13 +156,15 @@ def scaling_table(where: Path) -> list[str]:
                     continue
                 alone, found = rows[first]["tokens_per_s_per_gpu"], []
                 for count in counts:
-                    row = rows.get(f"{group}/{layout}" if count == most else f"{group}/{kind}{count}_{layout}")
-                    each = row and row["tokens_per_s_per_gpu"]
-                    found.append(f"{si(each * count)} ({each / alone:.0%})" if each else "-")
+                    key = f"{group}/{layout}" if count == most else f"{group}/{kind}{count}_{layout}"
+                    each = rows[key]["tokens_per_s_per_gpu"] if key in rows else None
+                    mark = MARK if each and cells[key]["id"] in old else ""
+                    found.append(f"{si(each * count)} ({each / alone:.0%}){mark}" if each else "-")
                 workload = cells[first]["config"]["workload"]
                 shape = f"{workload['batch']} x {workload['seq']}{' a GPU' if kind == 'weak' else ''}"
                 lines.append(f"| {model}, {shape} | {layout} | {kind} | {si(alone)} | {' | '.join(found)} |")
-    return lines
+    compiled = (record for key, record in cells.items() if key.partition("/")[0].endswith("_compiled"))
+    return [*lines, *remarks(compiled, old)]
 
 
 def largest_table(*paths: Path) -> list[str]:
@@ -250,15 +265,20 @@ def layout_studies(*places: Path) -> list[str]:
         "| model, GPUs | runs | layout | tokens/s | peak memory a GPU |",
         "|---|---|---|---|---|",
     ]
+    notes: list[str] = []
     for where in places:
         records = [r for r in read_records(where) if r["status"] == "ok"]
-        for record in sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST]:
+        best = sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST]
+        old = layouts.outdated(where)
+        notes += remarks(best, old)
+        for record in best:
             gpus, layout = planner_layouts.layout_of(Recipe(record["config"], record["choices"]))
             figures = [cell(record["metrics"][name]) for name in ("tokens_per_s", "peak_memory_bytes")]
             device = record["fingerprint"]["device"].split()[1]
-            row = [f"{record['choices']['model']}, {gpus} {device}", str(len(records)), layout, *figures]
+            name = f"{layout}{MARK if record['id'] in old else ''}"
+            row = [f"{record['choices']['model']}, {gpus} {device}", str(len(records)), name, *figures]
             lines.append(f"| {' | '.join(row)} |")
-    return lines
+    return [*lines, *notes]
 
 
 ATTENTION_SHAPES = ("b1_h16x16_q16384_k16384_d128_causal", "b1_h32x32_q16384_k16384_d64_causal")

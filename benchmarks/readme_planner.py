@@ -27,10 +27,14 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
             )
     outcomes = [""]
     for random in (json.loads(path.read_text()) for path in drawn):
+        beside = (
+            f", {random['beside_others']} of them timed while others started on it" if random["beside_others"] else ""
+        )
         for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
             found, device = random[metric][which], random["device"].split()[1]
             lines.append(
-                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
+                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']}"
+                f"{beside if metric == 'time' else ''} | "
                 f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
             )
         machines = random["time"]["by_machine"]
@@ -53,10 +57,11 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
                         f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
                     )
         ends = random["outcomes"]
+        cut = f", each in {random['audited_share']:.0%} of what it was said to need," if random["audited_share"] else ""
         outcomes.append(
             f"Of the random recipes on one {device} that the plan let through {ends['feasible_ran']} ran and "
-            f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same "
-            f"{ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
+            f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same"
+            f"{cut} {ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
         )
     for path, gpus in zip(split, ("two H100", "two and four H200"), strict=True):
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):

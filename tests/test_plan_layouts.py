@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +16,11 @@ from dyno.technique import of_ranks
 from dyno.techniques.parallelism import _orders, _stages
 from dyno.techniques.parallelism.mesh import Mesh
 
-KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import planner_layouts  # noqa: E402
+
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 CASES = [
     (schedule, ranks, micro, virtual)
     for schedule, virtual in (
@@ -31,15 +34,14 @@ CASES = [
 ]
 
 
-MACHINES = {"h100-x2": 20, "h200-x2": 38, "h200-x4": 45}  # layouts measured on each
+MACHINES = {"h100-x2": 16, "h200-x2": 47, "h200-x4": 26}  # layouts measured on each by today's step
 
 
 @pytest.fixture(scope="module")
 def measured():
     """The committed layouts by machine, predicted again."""
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "planner_layouts.py"))
     reference = ROOT / "results" / "reference"
-    found = {name: list(benchmark["read"]([str(reference / name / "layouts")], True)) for name in MACHINES}
+    found = {name: list(planner_layouts.read([str(reference / name / "layouts")], True)) for name in MACHINES}
     assert {name: len(rows) for name, rows in found.items()} == MACHINES
     return found
 
@@ -51,8 +53,8 @@ def test_layouts_peak_where_the_plan_says(measured):
 
 
 def test_steps_take_what_the_plan_says(measured):
-    """The constants of a layout's calls were fitted to these runs, so this says that they still hold."""
-    for name, median, most in (("h100-x2", 0.09, 0.25), ("h200-x2", 0.07, 0.5), ("h200-x4", 0.08, 0.7)):
+    """The constants of a layout's calls were fitted to these runs and hosts differ, so this says that they still hold."""
+    for name, median, most in (("h100-x2", 0.09, 0.25), ("h200-x2", 0.06, 0.65), ("h200-x4", 0.06, 0.35)):
         errors = sorted(abs(row.error("time")) for row in measured[name])
         assert errors[len(errors) // 2] < median and errors[-1] < most, name
 

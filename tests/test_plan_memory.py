@@ -63,12 +63,12 @@ def test_allocations_count_storages_once_and_give_them_back():
 
 
 def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
-    """238 recorded runs of every kind of recipe: half within 0.5%, nine in ten within 3%, and 95% within 5.5%."""
+    """360 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 4%, and 95% within 6.5%."""
     found = [calibrate.read(RECORDS / gpu / "planner") for gpu in ("h100", "h200")]
     samples = [sample for some, _ in found for sample in some]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
-    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 238
-    assert np.median(errors) < 0.005 and np.quantile(errors, 0.9) < 0.03 and np.quantile(errors, 0.95) < 0.055
+    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 360
+    assert np.median(errors) < 0.003 and np.quantile(errors, 0.9) < 0.04 and np.quantile(errors, 0.95) < 0.065
 
 
 def test_what_ran_out_of_memory_under_a_limit_would_have_been_refused_and_what_ran_would_not():

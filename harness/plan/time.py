@@ -35,12 +35,16 @@ STRIDED = 1.5  # eager passes with several inputs and strides, against a plain c
 # Bytes a number of the queries by a hop of a ring, for its part of the output and of the gradients, in fp32: an estimate from
 # the passes of `_ring.py`, three quarters of the queries taking part in a hop.
 MERGE_BYTES = (35.0, 38.0)
+# Bytes a number of what products with a cast of their own are given: its largest magnitude, read and cast along both of its
+# dimensions, which a compiler fuses in part. Eager set to 25 random recipes in fp8.
+CAST_BYTES = {False: 12.0, True: 4.0}
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
 OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
 
 HOST_ADAM = 28 / 1e11  # s a parameter: 28 bytes of weight, moments, gradient by a server's memory (H100 hosts: 0.27 ns)
+HOST_STEP_S = 0.04  # and whatever their number: norms, pieces, threads that wake up (models of 11 to 90 M, 10 runs)
 TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (four H100 and H200 records)
 
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
@@ -119,6 +123,9 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         2 * (6 * w if fused else 2.4 * norm) * h + 1.2 * rope * (width + keys) + (8 * w if fused else 9 * w) * f
     )
     merged = print_.merged_parts * width * (MERGE_BYTES[0] * (1 + again) + MERGE_BYTES[1])
+    if print_.cast_bytes is not None:
+        forward_bytes += CAST_BYTES[fused] * (2 * h + width + f)
+        backward_bytes += CAST_BYTES[fused] * (2 * h + width + 2 * keys + 2 * f)
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes + merged) / machine.memory
     elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
@@ -160,7 +167,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
         "offload": link / machine.host_bytes_per_s,
-        "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s),
+        "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s)
+        + HOST_STEP_S * (print_.host_updates > 0),
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ GATHER_S = {False: 0.5e-3, True: 0.9e-3}  # and a gather again in the backward p
 MESSAGE_S = 0.4e-3  # a send or a receive of a pipeline's schedule
 STAGE_S = 3.5e-3  # a stage's passes over a micro-batch: two calls of the engine, graphs cut and joined
 SPLIT_S = 1.9e-3  # a block's graph walked in Python, once a micro-batch, to part the two halves of its backward pass
-HOP_S = 1.76e-3  # of a ring: what is sent and received, and the merge with what was attended to before
+HOP_S = 1.42e-3  # of a ring: what is sent and received, and the merge with what was attended to before
 EXCHANGE_S = 1.10e-3  # an all-to-all of Ulysses with the copies that order its parts
 
 TENSORS = 9  # weights of a block
@@ -54,7 +54,7 @@ def seconds(layout: Mesh, shape: Shape, part: Part, compiled: bool = False) -> t
         calls += 2 * part.boundaries * MESSAGE_S + _stages.stages_per_rank(layout) * STAGE_S
         calls += part.layers * SPLIT_S * (layout.schedule in _stages.SPLIT_BACKWARD)
     if layout.cp > 1 and layout.context == "ring":
-        calls += part.layers * (3 * layout.cp - 2) * HOP_S
+        calls += part.layers * 3 * (layout.cp - 1) * HOP_S
         again += part.layers * (layout.cp - 1) * HOP_S
     elif layout.cp > 1:
         calls += part.layers * 8 * EXCHANGE_S
