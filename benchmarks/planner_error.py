@@ -94,12 +94,6 @@ def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
     return {draw: {what: summary(np.array(e)) for what, e in found.items()} for draw, found in errors.items()}
 
 
-def beside_others(folders: list[str]) -> int:
-    """Drawn runs whose steps were timed while others started or compiled on the same GPU."""
-    records = ((folder / "runs" / row["id"] / "record.json") for folder, row in done(folders) if row["status"] == "ok")
-    return sum(json.loads(path.read_bytes())["config"]["measure"].get("exclusive") == "window" for path in records)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
@@ -151,7 +145,6 @@ def main() -> int:
     out["as_planned"] = as_planned(arguments.folders)
     shares = [float(row["key"].rpartition(" ")[2]) for _, row in done(arguments.audited)]
     out["audited_share"] = max(shares, default=None)
-    out["beside_others"] = beside_others(arguments.folders)
     out["outcomes"] = outcomes([*arguments.folders, *arguments.audited])
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:

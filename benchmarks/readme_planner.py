@@ -27,14 +27,10 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
             )
     outcomes = [""]
     for random in (json.loads(path.read_text()) for path in drawn):
-        beside = (
-            f", {random['beside_others']} of them timed while others started on it" if random["beside_others"] else ""
-        )
         for metric, which, name in (("memory", "as_derived", "peak memory"), ("time", "calibrated", "step time")):
             found, device = random[metric][which], random["device"].split()[1]
             lines.append(
-                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']}"
-                f"{beside if metric == 'time' else ''} | "
+                f"| {name} of random recipes on one {device}, {which.replace('_', ' ')}, held out of {random['runs']} | "
                 f"{found['runs']} | {found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
             )
         machines = random["time"]["by_machine"]
