@@ -7,6 +7,7 @@ named with --plugins.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -15,6 +16,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Container
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -193,36 +195,72 @@ def parse(overrides: list[str]) -> list[Any]:
     return parsed
 
 
+def _by_hydra(overrides: tuple[str, ...], plugins: tuple[str, ...] = ()) -> tuple[Any, dict[str, Any]]:
+    """(config, option of every group), nothing resolved yet."""
+    hydra, _ = _hydra()
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
+    extra = [f"hydra.searchpath=[{search}]"] if plugins else []
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("recipe", overrides=[*overrides, *extra], return_hydra_config=True)
+    chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(chosen, dict)
+    plain = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+    OmegaConf.set_struct(plain, True)
+    return plain, {str(name): option for name, option in chosen.items()}
+
+
+_options_by_hydra = lru_cache(maxsize=64)(_by_hydra)  # of Dyno's own options, whose files stay as they are
+
+
+def _with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str, Any]]:
+    """`_by_hydra` of the options alone, kept from before if they were the same, and then the values put in: recipes of a
+    study differ in little else. (None, {}) where an override is more than that, or wrong, for Hydra to take or to refuse.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if any(o.package is not None or o.is_add() or o.is_force_add() for o in parsed):
+        return None, {}
+    options = tuple(o.input_line for o in parsed if o.key_or_group in known)
+    cfg, chosen = _options_by_hydra(options)
+    cfg = copy.deepcopy(cfg)
+    try:
+        for override in parsed:
+            if override.key_or_group not in known:
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+    except OmegaConfBaseException:
+        return None, {}
+    return cfg, chosen
+
+
 def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     """Overrides -> a validated Recipe. Raises UserError before any work is done."""
     plugins = [str(Path(p).resolve()) for p in plugins or []]
     for folder in plugins:
         if not Path(folder).is_dir():
             raise UserError(f"--plugins {folder} is not a directory")
-    known = groups(plugins)
-    for override in parse(overrides):
+    known, parsed = groups(plugins), parse(overrides)
+    for override in parsed:
         _check_group(override, known)
     hydra, _ = _hydra()
-    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from dyno import resolvers
 
     resolvers.register()
-    search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
-    extra = [f"hydra.searchpath=[{search}]"] if plugins else []
-    GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("recipe", overrides=[*overrides, *extra], return_hydra_config=True)
-        chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
-        with_hydra = OmegaConf.to_container(
-            OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), resolve=True, throw_on_missing=True
-        )
+        cfg, chosen = _with_values(parsed, known) if not plugins else (None, {})
+        if cfg is None:
+            cfg, chosen = _by_hydra(tuple(overrides), tuple(plugins))
+        with_hydra = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides, plugins)) from error
-    assert isinstance(with_hydra, dict) and isinstance(chosen, dict)
+    assert isinstance(with_hydra, dict)
     config = {str(k): v for k, v in with_hydra.items()}
     choices = {name: chosen.get(name) for name in (*[a.name for a in AXES], *SUBJECTS)}
     for axis in AXES:
@@ -289,13 +327,20 @@ def _check_finite(name: str, value: Any) -> None:
 
 def _written(group: str, option: str, plugins: list[str]) -> Any:
     """An option file as it is written; its interpolations and inherited knobs are not checked."""
-    from omegaconf import OmegaConf
-
     for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
         path = root / group / f"{option}.yaml"
         if path.is_file():
-            return OmegaConf.to_container(OmegaConf.load(path))
+            return _own_file(path) if root == CONF else _file(path)
     return None
+
+
+def _file(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+_own_file = lru_cache(maxsize=256)(_file)  # Dyno's own stay as they are; whoever asks only reads
 
 
 def _check_group(override: Any, known: dict[str, list[str]]) -> None:

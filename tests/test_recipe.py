@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from dyno.axes import AXES
 from dyno.errors import UserError
-from dyno.recipe import Recipe, compose, digest, expand, groups, make, option_help
+from dyno.recipe import Recipe, _by_hydra, compose, digest, expand, groups, make, option_help
 
 
 def mistake(*overrides: str, plugins: list[str] | None = None) -> str:
@@ -30,6 +31,20 @@ def test_defaults_are_the_baselines_and_every_axis_has_a_technique():
         assert axis.baseline in groups()[axis.name]
         assert recipe.option(axis.name) == (axis.baseline if axis.name != "attention" else "sdpa")
         assert len(recipe.techniques[axis.name]) == 1
+
+
+def test_a_recipe_whose_options_were_composed_before_is_what_hydra_makes_of_it():
+    """And no value of one recipe is left in the next."""
+    options = ["model=micro", "checkpointing=uniform", "data_filters=[quality_rules,exact_deduplication]"]
+    values = ["model.layers=3", "checkpointing.every=2", "workload.batch=4", "seed=5", "results_dir=/tmp/elsewhere"]
+    for some in (values, values[:2], []):
+        config, choices = _by_hydra((*options, *some))
+        recipe = compose([*options, *some])
+        expected = OmegaConf.to_container(config, resolve=True)
+        assert {k: v for k, v in recipe.config.items() if k != "data_filters"} == {
+            k: v for k, v in expected.items() if k != "data_filters"
+        }
+        assert recipe.choices["checkpointing"] == choices["checkpointing"] == "uniform"
 
 
 def test_every_option_of_every_axis_composes_and_has_help():
