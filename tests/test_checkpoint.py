@@ -145,6 +145,18 @@ def test_masters_go_on_without_them_and_the_other_way_round(directory, tmp_path)
     assert resumed("one", "precision=bf16_master") == pytest.approx(resumed("one"), abs=0.02)
 
 
+def test_a_state_goes_on_under_its_own_update_rule_alone(directory, tmp_path):
+    def resumed(where: str, option: str) -> list[float]:
+        trainer = trainer_of(compose(["workload.batch=8", "workload.seq=16", f"optimizer={option}"]), 1, tmp_path)
+        checkpoint.load(trainer, directory / where / f"step-{BEFORE:07d}")
+        return losses(trainer, AFTER)
+
+    assert resumed("one", "adamw_single_pass") == pytest.approx(resumed("one", "adamw"), abs=1e-4)
+    for where, option, written in (("one", "adamw8bit", "adamw"), ("one", "muon", "adamw"), ("muon", "adamw", "muon")):
+        with pytest.raises(UserError, match=f"has the state of optimizer={written}, and this run steps by {option}"):
+            resumed(where, option)
+
+
 @pytest.mark.parametrize(
     "overrides, reason",
     [

@@ -27,6 +27,7 @@ from dyno.stages.shards import like, whole
 
 if TYPE_CHECKING:
     from dyno.stages.train import Trainer
+    from dyno.technique import Run
 
 FORMAT = "dyno-checkpoint-1"
 
@@ -41,6 +42,12 @@ def named(trainer: Trainer) -> Iterator[tuple[str, Any]]:
 def kept(optimizer: Any, parameter: Any) -> dict[str, Any]:
     """What an optimizer remembers of a parameter."""
     return optimizer.kept(parameter) if hasattr(optimizer, "kept") else optimizer.state.get(parameter, {})
+
+
+def rule(run: Run) -> str:
+    """The update rule whose state a run keeps, by the option that names it."""
+    (technique,) = run.recipe.techniques["optimizer"]
+    return str(technique.state_of or run.recipe.option("optimizer"))
 
 
 def save(trainer: Trainer, directory: Path) -> Path:
@@ -66,7 +73,8 @@ def save(trainer: Trainer, directory: Path) -> Path:
     if run.rank == 0:
         scaler = run.part("scaler")
         places = {name: file for one in lists for name, file in one.items()}
-        index = {"format": FORMAT, "steps": trainer.steps, "scaler": scaler and scaler.state_dict(), "tensors": places}
+        index = {"format": FORMAT, "steps": trainer.steps, "optimizer": rule(run), "tensors": places,
+                 "scaler": scaler and scaler.state_dict()}  # fmt: skip
         write_json(path / "index.json", index)
     return path
 
@@ -107,6 +115,9 @@ def placed(value: Tensor, parameter: Any, fused: bool) -> Any:
 def load(trainer: Trainer, path: Path) -> None:
     """Put a checkpoint's weights, optimizer state, step and place in the data into a fresh trainer."""
     reader, optimizer = Reader(path), trainer.optimizer
+    written, mine = reader.index.get("optimizer"), rule(trainer.run)  # older checkpoints do not say
+    if written not in (None, mine):
+        raise UserError(f"workload.resume={path} has the state of optimizer={written}, and this run steps by {mine}")
     known = set(reader.names())
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for name, parameter in named(trainer):
