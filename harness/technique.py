@@ -252,6 +252,11 @@ class Technique:
         return getattr(self, "teacher", None) or getattr(self, "draft", None)
 
     @property
+    def idle_knobs(self) -> frozenset[str]:
+        """Knobs that mean nothing as the others are set: the name of a run in a report leaves them out."""
+        return frozenset()
+
+    @property
     def state_of(self) -> str | None:
         """The option whose state its own is, number by number, where it is another way to take the same steps."""
         return None

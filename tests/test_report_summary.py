@@ -88,6 +88,21 @@ def test_best_rows_hold_the_constraints_and_the_baseline_is_found() -> None:
     assert sum(summary.counts().values()) == 36
 
 
+def test_a_runs_name_leaves_out_knobs_that_mean_nothing_beside_the_others() -> None:
+    records = [synthetic.record(i) for i in range(3)]
+    knobs = ({"dp": 2, "zero": 2}, {"pp": 2, "schedule": "gpipe"}, {"cp": 2, "context": "ulysses", "tp": 1.5})
+    for record, some in zip(records, knobs, strict=True):
+        record["choices"]["parallelism"] = "mesh"
+        plain = {"dp": 1, "tp": 1, "pp": 1, "cp": 1, "zero": 0, "schedule": "1f1b", "context": "ring"}
+        target = "dyno.techniques.parallelism.mesh.Mesh"
+        record["config"]["parallelism"] = {"_target_": target} | plain | some
+    every = rows(None, records)
+    names = [short_name(row, ["parallelism"], varied_knobs(every)) for row in every]
+    assert names[0] == "mesh · dp=2 · zero=2"
+    assert names[1] == "mesh · pp=2 · schedule=gpipe"
+    assert "context=ulysses" in names[2] and "dp=1" in names[2]  # no layout that can be made: every knob is told
+
+
 def test_two_models_have_no_common_baseline() -> None:
     records = [synthetic.record(0), synthetic.record(1, gpu=True)]
     assert summarise(rows(None, records)).baseline is None

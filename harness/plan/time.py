@@ -32,9 +32,9 @@ COMPILED_CALL_S = 1.2e-3
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
-# Bytes a number of the queries by a hop of a ring, for its part of the output and of the gradients, in fp32: an estimate from
-# the passes of `_ring.py`, three quarters of the queries taking part in a hop.
-MERGE_BYTES = (35.0, 38.0)
+# Bytes a number of the queries by a part of a ring's sequence, for its share of the output and of the gradients, in fp32:
+# counted off the passes of `_ring.py` between two ranks, three quarters of the queries taking part in a hop.
+MERGE_BYTES = (13.0, 16.0)
 # Bytes a number of what products with a cast of their own are given: its largest magnitude, read and cast along both of its
 # dimensions, which a compiler fuses in part. Eager set to 25 random recipes in fp8.
 CAST_BYTES = {False: 12.0, True: 4.0}

@@ -7,9 +7,12 @@ import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dyno.axes import BY_NAME, SUBJECTS
+from dyno.errors import UserError
+from dyno.recipe import make
 from dyno.units import direction_of, unit_of
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class Row:
     choices: dict[str, str]
     knobs: dict[str, str]
     metrics: dict[str, Cell]
+    idle: frozenset[str] = frozenset()  # of the knobs, those that mean nothing beside the others
     overrides: list[str] = field(default_factory=list)
     flags: list[tuple[str, str]] = field(default_factory=list)
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -101,9 +105,12 @@ def rows(frame: pd.DataFrame | None, records: Iterable[dict[str, Any]] | None) -
 def _from_record(record: dict[str, Any]) -> Row:
     choices = {str(axis): _text(option) for axis, option in (record.get("choices") or {}).items()}
     config = record.get("config") or {}
-    knobs = {}
+    knobs: dict[str, str] = {}
+    idle: set[str] = set()
     for axis in choices:
         node = config.get(axis)
+        if axis in BY_NAME and isinstance(node, dict) and len(node) > 1:
+            idle.update(f"{axis}.{knob}" for knob in _idle_knobs(json.dumps(node, sort_keys=True)))
         for knob, value in node.items() if isinstance(node, dict) else ():
             if isinstance(value, bool | int | float | str) and knob != "_target_":
                 knobs[f"{axis}.{knob}"] = str(value)
@@ -121,12 +128,22 @@ def _from_record(record: dict[str, Any]) -> Row:
         choices={axis: option for axis, option in choices.items() if option},
         knobs=knobs,
         metrics={str(n): _cell(m) for n, m in (record.get("metrics") or {}).items()},
+        idle=frozenset(idle),
         overrides=[str(o) for o in record.get("overrides") or ()],
         flags=[(str(f.get("code", "")), str(f.get("detail", ""))) for f in validity.get("flags") or ()],
         fingerprint={str(k): _text(v) for k, v in (record.get("fingerprint") or {}).items() if v is not None},
         environment=dict(record.get("environment") or {}),
         path=record.get("_path"),
     )
+
+
+@lru_cache(maxsize=4096)
+def _idle_knobs(node: str) -> frozenset[str]:
+    """What one of Dyno's own techniques says of its knobs, from its config; nothing of any other."""
+    try:
+        return make(json.loads(node), []).idle_knobs
+    except (UserError, TypeError, ValueError):
+        return frozenset()
 
 
 def _from_flat(flat: dict[str, Any], words: set[str]) -> Row:
@@ -216,7 +233,11 @@ def short_name(row: Row, names: list[str], knobs: list[str]) -> str:
         words.append(option if option not in ("on", "off", "none") else f"{name}={option}")
     for knob in knobs:
         axis = knob.partition(".")[0]
-        if knob in row.knobs and (axis not in BY_NAME or row.choices.get(axis) != baseline_option(axis)):
+        if (
+            knob in row.knobs
+            and knob not in row.idle
+            and (axis not in BY_NAME or row.choices.get(axis) != baseline_option(axis))
+        ):
             words.append(f"{knob.partition('.')[2]}={row.knobs[knob]}")
     plain = " · ".join(f"{axis}={option}" for axis, option in axes_of(row).items() if option != baseline_option(axis))
     return " · ".join(words) or plain or ("baseline" if axes_of(row) else row.id or "run")

@@ -87,6 +87,18 @@ class Mesh(Technique):
         """Whether DDP replicates: whole models only; inside a larger mesh FSDP2 does, with shards of one rank."""
         return self.zero == 0 and self.tp == self.pp == 1
 
+    @property
+    def idle_knobs(self) -> frozenset[str]:
+        """Degrees of one, and what goes with them."""
+        goes_with = {
+            "tp": ("sequence_parallel", "loss_parallel"),
+            "pp": ("schedule", "micro_batches", "virtual_stages"),
+            "cp": ("context",),
+        }
+        ones = [degree for degree in ("dp", "tp", "pp", "cp", "ep") if getattr(self, degree) == 1]
+        sharding = ("zero", "replicate", "reshard_to") if self.dp * self.cp == 1 else ()
+        return frozenset([*ones, *sharding, *(knob for degree in ones for knob in goes_with.get(degree, ()))])
+
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         return _rules.reason(self, recipe, device)
 
