@@ -76,6 +76,16 @@ def test_front_has_what_nothing_beats() -> None:
     assert {row.id for row in front(every, [("s", "minimize"), ("m", "minimize")])} == {every[4].id}
 
 
+def test_the_best_rows_of_a_long_front_hold_the_best_of_every_objective() -> None:
+    records = [synthetic.record(i) for i in range(9)]
+    for i, record in enumerate(records):
+        record["metrics"] = {"s": synthetic.metric(i + 1, ""), "m": synthetic.metric(i + 1, "")}
+        record["recipe_hash"] = str(i)
+    goals = [("s", "maximize"), ("m", "minimize")]
+    best = summarise(rows(None, records), objectives=goals).best
+    assert [row.value("s") for row in best] == [9, 8, 7, 6, 1]
+
+
 def test_best_rows_hold_the_constraints_and_the_baseline_is_found() -> None:
     records = synthetic.study(36)
     summary = summarise(rows(None, records), ["perplexity <= 1.02 * baseline"], [("tokens_per_s", "maximize")])

@@ -15,7 +15,7 @@ from dyno.report.rows import (
     varied,
     varied_knobs,
 )
-from dyno.report.summary import Summary, gain
+from dyno.report.summary import Summary, first_by, gain
 from dyno.units import quantity, ratio_text
 
 _SECTIONS = (
@@ -123,8 +123,10 @@ def _lead(summary: Summary, names: list[str], knobs: list[str]) -> str:
     """The finding in one sentence an objective."""
     said = []
     for metric, direction in summary.objectives:
-        scored = [(value, row) for row in summary.best if (value := row.value(metric)) is not None]
-        value, row = (max if direction == "maximize" else min)(scored, key=lambda pair: pair[0])
+        row = first_by(summary.best, metric, direction)
+        value = row.value(metric) if row else None
+        if row is None or value is None:
+            continue
         ratio = gain(row, summary.baseline, metric) if row is not summary.baseline else None
         over = f", <strong>{_e(ratio_text(*ratio))}</strong> the baseline" if ratio else ""
         who = "the baseline itself" if row is summary.baseline else short_name(row, names, knobs)

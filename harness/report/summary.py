@@ -268,7 +268,10 @@ def _plain(row: Row, axes: list[str]) -> bool:
 
 
 def _best(summary: Summary, most: int) -> list[Row]:
-    """The front over the objectives among feasible rows, best in the first objective first; one objective: the top."""
+    """The front over the objectives among feasible rows, best in the first objective first; one objective: the top.
+
+    Of a longer front too the best row of every objective is among them: it is what a reader is told first.
+    """
     feasible = [row for row in summary.ok if not summary.violated(row) and not summary.unknown(row)]
     if not summary.objectives:
         return []
@@ -278,7 +281,16 @@ def _best(summary: Summary, most: int) -> list[Row]:
     scored = [(sign * value, row) for row in pool if (value := row.value(metric)) is not None]
     ranked = [row for _, row in sorted(scored, key=lambda pair: pair[0])]
     unique = {row.recipe_hash or row.id: row for row in reversed(ranked)}
-    return [row for row in ranked if unique[row.recipe_hash or row.id] is row][:most]
+    kept = [row for row in ranked if unique[row.recipe_hash or row.id] is row]
+    firsts = [first for metric, direction in summary.objectives if (first := first_by(kept, metric, direction))]
+    others = [row for row in kept if row not in firsts][: max(0, most - len({row.id for row in firsts}))]
+    return [row for row in kept if row in firsts or row in others]
+
+
+def first_by(rows: list[Row], metric: str, direction: str) -> Row | None:
+    """The row with the best value of a metric; None where no row has one."""
+    scored = [(value, row) for row in rows if (value := row.value(metric)) is not None]
+    return (max if direction == "maximize" else min)(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
 def _axes(rows: list[Row]) -> set[str]:
