@@ -70,6 +70,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ring": (2, ["parallelism=context"]),
     "ulysses": (2, ["parallelism=context", "parallelism.context=ulysses", "attention=math"]),
     "zero1_bf16": (2, ["parallelism=zero1", "precision=bf16", *TWICE]),
+    "zero3_optimal": (2, ["parallelism=zero3", "checkpointing=optimal", "checkpointing.budget=0.7"]),
+    "tensor_optimal": (2, ["parallelism=tensor", "checkpointing=optimal", "checkpointing.budget=0.7"]),
     "zero3_bf16": (2, ["parallelism=zero3", "precision=bf16", "checkpointing=uniform", "checkpointing.every=2"]),
     "1f1b_bf16": (2, [*pipeline("1f1b"), "precision=bf16", "checkpointing=uniform"]),
     "tensor_bf16": (2, ["parallelism=tensor", "precision=bf16", "checkpointing=uniform"]),
@@ -95,6 +97,10 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "zero3_padded": (2, ["parallelism=zero3", "packing=padded", *TWICE]),
     "hybrid": (4, ["parallelism=hybrid", *TWICE]),
     "zero3_reshard": (4, ["parallelism=zero3", "parallelism.dp=4", "parallelism.reshard_to=2"]),
+    "hybrid_bf16": (4, ["parallelism=hybrid", "precision=bf16", *TWICE]),
+    "dp_tp_bf16": (4, [*mesh(dp=2, tp=2, zero=3), "precision=bf16"]),
+    "pp_dp_bf16": (4, [*mesh(pp=2, dp=2, zero=1), "precision=bf16"]),
+    "cp_dp_bf16": (4, [*mesh(cp=2, dp=2, zero=3), "precision=bf16"]),
     "ring_of_four": (4, mesh(cp=4, zero=1)),
     "dp_tp": (4, mesh(dp=2, tp=2, zero=3)),
     "dp_tp_replicated": (4, mesh(dp=2, tp=2)),
@@ -106,6 +112,14 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cp_tp": (4, mesh(cp=2, tp=2, context="ulysses")),
     "dp_tp_pp": (8, mesh(dp=2, tp=2, pp=2, zero=1)),
 }  # fmt: skip
+GATHERED_NARROW = (
+    "zero1_bf16",
+    "zero3_bf16",
+    "hybrid_bf16",
+    "dp_tp_bf16",
+    "pp_dp_bf16",
+    "cp_dp_bf16",
+)  # blocks, in bf16
 PACKED = ("documents", "padded")  # of the stream's documents of 20 tokens: rows with unlike numbers of targets
 EXACT = [
     case
@@ -219,7 +233,7 @@ def test_the_gathered_weights_and_every_ranks_evaluation_are_those_of_one_proces
         torch.testing.assert_close(seen["logits"], expected["logits"], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["zero1_bf16", "zero3_bf16", "1f1b_bf16", "tensor_bf16"])
+@pytest.mark.parametrize("case", [*GATHERED_NARROW, "1f1b_bf16", "tensor_bf16"])
 def test_layouts_with_bf16_and_checkpointing_train_like_bf16(case, results):
     for seen in results[case]:
         torch.testing.assert_close(seen["losses"], results["one_bf16"][0]["losses"], atol=0.03, rtol=0)
@@ -271,7 +285,7 @@ def layout_of(case: str):
     return layout, type(shape)(**{**vars(shape), "micro_batches": splits})
 
 
-@pytest.mark.parametrize("case", [*EXACT, "zero1_bf16", "zero3_bf16"])  # the latter gather blocks in bf16
+@pytest.mark.parametrize("case", [*EXACT, *GATHERED_NARROW])
 def test_a_step_sends_what_the_formula_says(case, results):
     layout, shape = layout_of(case)
     said = combined(t.footprint(shape, None) for axis in ("parallelism", "checkpointing", "precision") for t in

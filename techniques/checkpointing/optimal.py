@@ -177,18 +177,37 @@ def measured_chain(run: Run) -> Chain:
     return Chain(boundary, inside, keeps, cost)
 
 
+def free_copy(run: Run, block: nn.Module) -> nn.Module:
+    """A copy of a block, or one of its sizes where a layout has taken hold of its weights, whose values do not matter."""
+    import copy
+
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from dyno.model.decoder import Block
+
+    assert run.model is not None
+    if not any(isinstance(p, DTensor) for p in block.parameters()):
+        return copy.deepcopy(block)
+    free = Block(run.model.config)
+    for name, parameter in block.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(free.get_submodule(owner), last, torch.nn.Parameter(torch.zeros(parameter.shape)))
+    for part in ("attention", "mlp"):
+        getattr(free, part).project = getattr(block, part).project
+    return free
+
+
 def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
     """(input, everything else that is kept, whether the input is kept) in bytes of one row: two rows less one.
 
     What does not grow with the batch, such as weights cast to 16 bits, falls out.
     """
-    import copy
-
     import torch
 
     model = run.model
     assert model is not None
-    block = copy.deepcopy(block).to(run.device, run.part("weights_dtype"))
+    block = free_copy(run, block).to(run.device, run.part("weights_dtype"))
     seen = []
     for rows in (1, 2):
         kept: dict[int, Any] = {}

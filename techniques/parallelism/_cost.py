@@ -56,7 +56,7 @@ def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
 
 def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
     """Numbers that a rank sends in a step for its replicas' and shards' sake: of a weight's width, and of an activation's,
-    which is what blocks are gathered in."""
+    which is what blocks are gathered in. An embedding's output, which tensor ranks add up, is as wide as its weights."""
     here = part.weights / layout.tp
     blocks = part.layers * part.block / layout.tp
     micro = shape.micro_batches
@@ -71,6 +71,8 @@ def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float
         narrow += micro * blocks * ring(layout.reshard_to or layout.shards)
     if layout.pp > 1 and tied(shape) and bool(part.embedding) != bool(part.head):
         wide += part.embedding / layout.tp / layout.shards + part.head / layout.tp / layout.shards
+    tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
+    wide += bool(part.embedding) * 2 * tokens * shape.hidden * ring(layout.tp)
     return wide, narrow
 
 
@@ -82,11 +84,11 @@ def waited_numbers(layout: Mesh, shape: Shape, part: Part) -> float:
     """Numbers of an activation's width that a rank sends in a step, nothing being recomputed, and that the next
     product needs at once.
 
-    Tensor parallel: four reductions a layer of (tokens x hidden), whole or as scatter and gather; one more each at the
-    embedding and the head. Ulysses: queries, keys, values and outputs, forward and backward.
+    Tensor parallel: four reductions a layer of (tokens x hidden), whole or as scatter and gather; one more at the head.
+    Ulysses: queries, keys, values and outputs, forward and backward.
     """
     tokens = shape.batch * shape.seq / (layout.dp * layout.cp)
-    reductions = 4 * part.layers + bool(part.embedding) + part.has_head
+    reductions = 4 * part.layers + part.has_head
     numbers = reductions * 2 * tokens * shape.hidden * ring(layout.tp)
     if not layout.loss_parallel:
         numbers += part.has_head * tokens * shape.vocab * ring(layout.tp)
