@@ -11,8 +11,10 @@ import tiny
 from dyno.measure.environment import planned
 from dyno.measure.hardware import options
 from dyno.plan import predict, shape_of
+from dyno.recipe import compose
 from dyno.technique import Shape
 from dyno.techniques.parallelism import _cost, _stages
+from dyno.techniques.parallelism._rules import ring_backend
 from dyno.techniques.parallelism.mesh import Mesh
 
 SHAPE = Shape(138e6, 138e6, 12, 768, 3072, 12, 12, 64, 32000, 16, 1024)
@@ -61,6 +63,7 @@ def reason(tmp_path, layout, *overrides, on=None):
         (Mesh(pp=2, schedule="zero_bubble"), ["compile=on", "compile.per_block=true"], "backward pass in two halves"),
         (Mesh(cp=2), ["workload.seq=126"], "workload.seq=126 cannot be split into 4 parts, twice parallelism.cp=2"),
         (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of cuDNN's or PyTorch's flash kernel"),
+        (Mesh(cp=2), ["attention=sdpa", "attention.backend=efficient"], "the ring merges the parts of cuDNN's or PyTorch's"),
         (Mesh(cp=4, context="ulysses"), [], "model.kv_heads=2 cannot be split over parallelism.cp=4"),
         (Mesh(cp=2, tp=2, context="ulysses"), [], "parallelism.cp=2 x parallelism.tp=2, which ulysses needs"),
         (Mesh(tp=2), ["loss=chunked"], "the head is split over ranks: use loss=full"),
@@ -236,3 +239,10 @@ def test_the_plan_says_bytes_and_bubble(tmp_path):
     plan = predict(recipe, device()).to_json()
     assert plan["bubble"] == pytest.approx(1 / 5) and plan["wire_bytes_per_step"] > 0
     assert shape_of(recipe).micro_batches == 4
+
+
+def test_a_ring_attends_by_the_kernel_that_the_recipe_names():
+    for words, backend in ((["attention=sdpa"], "auto"), (["attention=sdpa_flash"], "flash"), (["attention=math"], None),
+                           (["attention=sdpa_cudnn"], "cudnn"), (["attention=sdpa", "attention.backend=flash"], "flash"),
+                           (["attention=sdpa_math"], None), (["attention=triton_flash"], None)):  # fmt: skip
+        assert ring_backend(compose(words)) == backend, words

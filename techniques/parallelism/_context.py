@@ -14,6 +14,7 @@ from dyno.errors import UserError
 from dyno.technique import Run
 from dyno.techniques.parallelism._grid import Grid
 from dyno.techniques.parallelism._ring import ring_attention
+from dyno.techniques.parallelism._rules import ring_backend
 
 
 def places(mode: str, rank: int, ranks: int, seq: int, device: torch.device) -> Tensor:
@@ -66,7 +67,7 @@ def split(grid: Grid, run: Run) -> None:
     run.wrap("local_batch", local_batch, by=layout)
     run.wrap("forward", evaluated, by=layout)
     if layout.context == "ring":
-        cudnn = run.recipe.option("attention") != "sdpa_flash"
+        cudnn = ring_backend(run.recipe) != "flash"
         run.wrap("attention", lambda attend: ring_attention(group, cudnn), by=layout)
     else:
         run.wrap("attention", lambda attend: ulysses_attention(attend, group, ranks), by=layout)

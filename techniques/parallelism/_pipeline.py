@@ -75,14 +75,8 @@ class Pipeline:
 
     def boundary(self, tokens: Tensor) -> Tensor:
         """A meta tensor like the states between stages for tokens (B, S)."""
-        kind = self.grid.device.type
-        with self.run.part("autocast")():
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight_dtype()
         size = (tokens.shape[0], tokens.shape[1] // self.layout.token_shards, self.model.config.hidden)
-        return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
-
-    def weight_dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.model.parameters() if p.dim() > 1)
+        return torch.empty(size, dtype=self.run.product_dtype(), device="meta", requires_grad=True)
 
     def build(self, tokens: Tensor) -> Any:
         """The schedule for batches of the shape of tokens (B, S)."""

@@ -20,19 +20,23 @@ from torch import distributed as dist
 aten = torch.ops.aten
 
 
+def by_tensor_cores(q: Tensor) -> bool:
+    """Whether cuDNN or flash attends; they take 16 bits on a GPU, and grouped heads as they are."""
+    return q.device.type == "cuda" and q.dtype != torch.float32
+
+
 def cudnn_takes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether cuDNN's kernel attends to them: 16-bit tensors on a GPU that it knows."""
-    if q.device.type != "cuda" or q.dtype == torch.float32:
-        return False
     cuda = torch.backends.cuda
-    return cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1]))
+    return by_tensor_cores(q) and cuda.can_use_cudnn_attention(
+        cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    )
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, by_cudnn: bool = False
 ) -> tuple[Tensor, Tensor]:
     """One part: out (B, H, S, D) and the log of the softmax's sum (B, H, S) fp32."""
-    if q.device.type == "cuda" and q.dtype != torch.float32:
+    if by_tensor_cores(q):
         if by_cudnn:
             out, log_sum = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
         else:
@@ -58,9 +62,10 @@ def attend_backward(
     by_cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v of one part, given the output and the sum over ALL parts: they make its weights right."""
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
     queries, keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if q.device.type == "cuda" and q.dtype != torch.float32:
+    if q.device.type == "cuda":
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
+    if by_tensor_cores(q):
         if by_cudnn:
             return aten._scaled_dot_product_cudnn_attention_backward(
                 grad, q, k, v, out, log_sum.unsqueeze(-1), state[0], state[1], None, None, None, queries, keys, 0.0,

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from dyno.techniques.parallelism.mesh import Mesh
 
 CONTEXTS = ("ring", "ulysses")
-RING_ATTENTIONS = ("sdpa", "sdpa_flash")
+RING_BACKENDS = ("auto", "flash", "cudnn")
+
+
+def ring_backend(recipe: Recipe) -> str | None:
+    """Which of PyTorch's kernels attends to the parts of a ring, by the recipe's attention; None: none that merges."""
+    (technique,) = recipe.techniques["attention"]
+    backend = getattr(technique, "backend", None)
+    return backend if backend in RING_BACKENDS else None
 
 
 def reason(layout: Mesh, recipe: Recipe, device: Device) -> str | None:
@@ -159,7 +166,7 @@ def context(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
         twice = "twice " if layout.context == "ring" else ""
         yield f"workload.seq={shape.seq} cannot be split into {parts} parts, {twice}parallelism.cp={layout.cp}"
     attention = recipe.option("attention")
-    if layout.context == "ring" and attention not in RING_ATTENTIONS:
+    if layout.context == "ring" and ring_backend(recipe) is None:
         yield (
             f"attention={attention}: the ring merges the parts of cuDNN's or PyTorch's flash kernel; use attention=sdpa, "
             "or parallelism.context=ulysses, which takes any"
