@@ -27,7 +27,6 @@ from dyno.stages.shards import like, whole
 
 if TYPE_CHECKING:
     from dyno.stages.train import Trainer
-    from dyno.technique import Run
 
 FORMAT = "dyno-checkpoint-1"
 
@@ -44,10 +43,9 @@ def kept(optimizer: Any, parameter: Any) -> dict[str, Any]:
     return optimizer.kept(parameter) if hasattr(optimizer, "kept") else optimizer.state.get(parameter, {})
 
 
-def rule(run: Run) -> str:
-    """The update rule whose state a run keeps, by the option that names it."""
-    (technique,) = run.recipe.techniques["optimizer"]
-    return str(technique.state_of or run.recipe.option("optimizer"))
+def rule(trainer: Trainer) -> str:
+    """The update rule whose state is kept, by the option that names it; an optimizer may keep that of another, as state_of."""
+    return str(getattr(trainer.optimizer, "state_of", trainer.run.recipe.option("optimizer")))
 
 
 def save(trainer: Trainer, directory: Path) -> Path:
@@ -73,7 +71,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
     if run.rank == 0:
         scaler = run.part("scaler")
         places = {name: file for one in lists for name, file in one.items()}
-        index = {"format": FORMAT, "steps": trainer.steps, "optimizer": rule(run), "tensors": places,
+        index = {"format": FORMAT, "steps": trainer.steps, "optimizer": rule(trainer), "tensors": places,
                  "scaler": scaler and scaler.state_dict()}  # fmt: skip
         write_json(path / "index.json", index)
     return path
@@ -115,9 +113,12 @@ def placed(value: Tensor, parameter: Any, fused: bool) -> Any:
 def load(trainer: Trainer, path: Path) -> None:
     """Put a checkpoint's weights, optimizer state, step and place in the data into a fresh trainer."""
     reader, optimizer = Reader(path), trainer.optimizer
-    written, mine = reader.index.get("optimizer"), rule(trainer.run)  # older checkpoints do not say
+    written, mine = reader.index.get("optimizer"), rule(trainer)  # older checkpoints do not say
     if written not in (None, mine):
-        raise UserError(f"workload.resume={path} has the state of optimizer={written}, and this run steps by {mine}")
+        raise UserError(
+            f"workload.resume={path} has the state of optimizer={written}, and this run steps by {mine}: add "
+            f"optimizer={written}"
+        )
     known = set(reader.names())
     fused = any(group.get("fused") for group in optimizer.param_groups)
     for name, parameter in named(trainer):

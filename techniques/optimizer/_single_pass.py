@@ -16,6 +16,8 @@ class SinglePassAdamW(torch.optim.Optimizer):
     """AdamW that reads and writes everything once: the gradient is scaled to the clipped norm while it is used, and a
     parameter in 16 bits is written beside its fp32 master, which lies in the state."""
 
+    state_of = "adamw"  # a checkpoint of either goes on under the other
+
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
         self.scale: Tensor | None = None  # what gradients are multiplied by: of the last clip

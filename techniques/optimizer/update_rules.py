@@ -51,10 +51,6 @@ class SinglePassAdamW(Technique):
     gradients are not written back, and precision=bf16_master needs no wide copies of weights and gradients.
     """
 
-    @property
-    def state_of(self) -> str:
-        return "adamw"
-
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         others = [t for chosen in recipe.techniques.values() for t in chosen if t is not self]
         if max(t.world_size for t in others) > 1:
