@@ -208,8 +208,9 @@ class Progress:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    from dyno.composition import parse
     from dyno.errors import UserError
-    from dyno.recipe import compose, parse
+    from dyno.recipe import compose
 
     for override in parse(arguments.overrides):
         if override.is_sweep_override():

@@ -7,7 +7,6 @@ named with --plugins.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 import importlib
@@ -16,13 +15,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Container
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from dyno.axes import AXES, BY_NAME, SUBJECTS
+from dyno.composition import CONF, by_hydra, hydra_and_parser, parse, with_values
 from dyno.errors import UserError
 from dyno.model.config import BYTE_VOCABULARY, config_of
 from dyno.technique import Technique
@@ -31,7 +30,6 @@ MEASURES = ("train", "infer", "data", "kernel")
 EXCLUSIVE = ("run", "window")  # for how long a run has the device to itself
 LEAST_GIB = 2  # of a memory limit: a context alone takes more than one
 BASELINE = {"_target_": "dyno.technique.Baseline"}
-CONF = Path(importlib.import_module("dyno.conf").__path__[0])
 
 
 @dataclass
@@ -175,68 +173,6 @@ def option_help(group: str, option: str, plugins: list[str] | None = None) -> st
     return ""
 
 
-@lru_cache(maxsize=1)
-def _hydra() -> Any:
-    import hydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return hydra, OverridesParser.create()
-
-
-def parse(overrides: list[str]) -> list[Any]:
-    """Hydra's override objects, or a UserError with the offending word."""
-    _, parser = _hydra()
-    parsed = []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(text))
-        except Exception as error:  # noqa: BLE001  the parser raises several antlr types; all mean the same to the user
-            raise UserError(f"'{text}' is not an override; write axis=option or axis.knob=value") from error
-    return parsed
-
-
-def _by_hydra(overrides: tuple[str, ...], plugins: tuple[str, ...] = ()) -> tuple[Any, dict[str, Any]]:
-    """(config, option of every group), nothing resolved yet."""
-    hydra, _ = _hydra()
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
-    extra = [f"hydra.searchpath=[{search}]"] if plugins else []
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("recipe", overrides=[*overrides, *extra], return_hydra_config=True)
-    chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
-    assert isinstance(chosen, dict)
-    plain = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
-    OmegaConf.set_struct(plain, True)
-    return plain, {str(name): option for name, option in chosen.items()}
-
-
-_options_by_hydra = lru_cache(maxsize=64)(_by_hydra)  # of Dyno's own options, whose files stay as they are
-
-
-def _with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str, Any]]:
-    """`_by_hydra` of the options alone, kept from before if they were the same, and then the values put in: recipes of a
-    study differ in little else. (None, {}) where an override is more than that, or wrong, for Hydra to take or to refuse.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if any(o.package is not None or o.is_add() or o.is_force_add() for o in parsed):
-        return None, {}
-    options = tuple(o.input_line for o in parsed if o.key_or_group in known)
-    cfg, chosen = _options_by_hydra(options)
-    cfg = copy.deepcopy(cfg)
-    try:
-        for override in parsed:
-            if override.key_or_group not in known:
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-    except OmegaConfBaseException:
-        return None, {}
-    return cfg, chosen
-
-
 def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     """Overrides -> a validated Recipe. Raises UserError before any work is done."""
     plugins = [str(Path(p).resolve()) for p in plugins or []]
@@ -246,7 +182,7 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     known, parsed = groups(plugins), parse(overrides)
     for override in parsed:
         _check_group(override, known)
-    hydra, _ = _hydra()
+    hydra, _ = hydra_and_parser()
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -254,9 +190,9 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
 
     resolvers.register()
     try:
-        cfg, chosen = _with_values(parsed, known) if not plugins else (None, {})
+        cfg, chosen = with_values(parsed, known) if not plugins else (None, {})
         if cfg is None:
-            cfg, chosen = _by_hydra(tuple(overrides), tuple(plugins))
+            cfg, chosen = by_hydra(tuple(overrides), tuple(plugins))
         with_hydra = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides, plugins)) from error
@@ -275,12 +211,6 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     recipe = Recipe(config, choices, list(overrides), plugins)
     assert recipe.techniques is not None  # builds every technique, so that a wrong knob is told now
     return recipe
-
-
-def _quoted(text: str) -> str:
-    """Text as a word of Hydra's grammar, whatever is in it."""
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list[str]) -> None:
@@ -393,7 +323,7 @@ def expand(overrides: list[str]) -> list[list[str]]:
                 raise UserError(f"'{override.input_line}' is an interval: a sweep needs values, a tune takes intervals")
             try:
                 lists.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-            except (_hydra()[0].errors.HydraException, ValueError, TypeError, ZeroDivisionError) as error:
+            except (hydra_and_parser()[0].errors.HydraException, ValueError, TypeError, ZeroDivisionError) as error:
                 raise UserError(f"'{override.input_line}' is no sweep of plain values") from error
         else:
             lists.append([override.input_line])

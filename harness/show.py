@@ -261,7 +261,7 @@ def knobs(group: str, option: str, plugins: list[str]) -> dict[str, Any]:
 
     from omegaconf import OmegaConf
 
-    from dyno.recipe import CONF
+    from dyno.composition import CONF
 
     for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
         path = root / group / f"{option}.yaml"

@@ -257,11 +257,6 @@ class Technique:
         return frozenset()
 
     @property
-    def state_of(self) -> str | None:
-        """The option whose state its own is, number by number, where it is another way to take the same steps."""
-        return None
-
-    @property
     def weights_on_host(self) -> bool:
         """Whether training builds the model in host memory, from where the technique places it itself."""
         return False

@@ -71,7 +71,7 @@ def records(results: Path) -> list[dict[str, Any]]:
 
 def quick_compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
     """compose, with what it made kept: knobs of the workload and the results directory are set by hand."""
-    from dyno.recipe import parse
+    from dyno.composition import parse
 
     parsed = parse(overrides)
     simple = [o for o in parsed if o.get_key_element().startswith(("workload.", "results_dir"))]

@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
+from dyno.composition import CONF
 from dyno.errors import Conflict
 from dyno.kernels.attention import reference
-from dyno.recipe import CONF, make
+from dyno.recipe import make
 from dyno.technique import Run
 
 OPTIONS = sorted(path.stem for path in (CONF / "attention").glob("*.yaml"))

@@ -25,12 +25,13 @@ import yaml
 
 from dyno.artifacts import acting
 from dyno.axes import AXES, BY_NAME
+from dyno.composition import CONF
 from dyno.data import Document
 from dyno.errors import Conflict, Unsupported, UserError
 from dyno.measure.environment import Device
 from dyno.measure.window import Meter
 from dyno.plan import predict, reasons, shape_of
-from dyno.recipe import CONF, Recipe, compose, groups, option_help
+from dyno.recipe import Recipe, compose, groups, option_help
 from dyno.record import to_json
 from dyno.stages import infer, train
 from dyno.technique import Baseline, Footprint, Technique

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from dyno.recipe import compose
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layouts  # noqa: E402
+import planner_recipes  # noqa: E402
 
 CARD = 80 * 2**30
 
@@ -81,3 +84,30 @@ def test_a_row_is_a_gpus_share_and_its_losses_are_held_to_one_gpu():
         "details": {},
     }
     assert layouts.row_of("160m/ddp", failed, one)["loss_apart"] is None
+
+
+def test_outdated_cells_and_those_without_a_record_are_run_and_no_other(tmp_path, monkeypatch):
+    chosen, ran = layouts.cells(2, "cpu")[:3], []
+
+    def run(recipe, gate):
+        ran.append(recipe.overrides)
+        return {"id": f"new{len(ran)}", "status": "ok", "reason": None, "metrics": {}, "duration_s": 0.0}
+
+    monkeypatch.setattr(layouts.runner, "run", run)
+    for cell, name in zip(chosen[:2], ("old", "good"), strict=True):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "record.json").write_text(json.dumps({"id": name, "status": "ok"}))
+        with (tmp_path / "done.jsonl").open("a") as file:
+            file.write(json.dumps({"key": cell.key, "id": name, "status": "ok"}) + "\n")
+    (tmp_path / "outdated.json").write_text(json.dumps({"old": "another step"}))
+    layouts.run(chosen, argparse.Namespace(again=False, seconds=60, overrides=[], try_all=False), tmp_path)
+    kept = [json.loads(line)["key"] for line in (tmp_path / "done.jsonl").read_text().splitlines()[2:]]
+    assert len(ran) == 2 and kept == [chosen[0].key, chosen[2].key]
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5"])
+def test_an_audit_of_no_share_is_refused(share, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["planner_recipes.py", "--audit", share, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        planner_recipes.main()
+    assert end.value.code == 2 and "lies between 0 and 1" in capsys.readouterr().err and not (tmp_path / "out").exists()

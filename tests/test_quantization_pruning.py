@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
+from dyno.composition import CONF
 from dyno.errors import UserError
 from dyno.model.config import ModelConfig
 from dyno.model.decoder import Decoder
-from dyno.recipe import CONF, make
+from dyno.recipe import make
 from dyno.technique import Run, Shape
 from dyno.techniques.quantization._linear import QuantizedLinear, linears, stored_bytes
 

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from dyno import composition
 from dyno.axes import AXES
 from dyno.errors import UserError
-from dyno.recipe import Recipe, _by_hydra, compose, digest, expand, groups, make, option_help
+from dyno.recipe import Recipe, compose, digest, expand, groups, make, option_help
 
 
 def mistake(*overrides: str, plugins: list[str] | None = None) -> str:
@@ -37,14 +38,21 @@ def test_a_recipe_whose_options_were_composed_before_is_what_hydra_makes_of_it()
     """And no value of one recipe is left in the next."""
     options = ["model=micro", "checkpointing=uniform", "data_filters=[quality_rules,exact_deduplication]"]
     values = ["model.layers=3", "checkpointing.every=2", "workload.batch=4", "seed=5", "results_dir=/tmp/elsewhere"]
-    for some in (values, values[:2], []):
-        config, choices = _by_hydra((*options, *some))
-        recipe = compose([*options, *some])
+    compose(options)
+    before = composition._kept_options.cache_info()
+    quick = [compose([*options, *some]) for some in (values, values[:2], [])]
+    after = composition._kept_options.cache_info()
+    assert after.hits == before.hits + 3 and after.misses == before.misses
+    for recipe, some in zip(quick, (values, values[:2], []), strict=True):
+        config, choices = composition.by_hydra((*options, *some))
         expected = OmegaConf.to_container(config, resolve=True)
-        assert {k: v for k, v in recipe.config.items() if k != "data_filters"} == {
-            k: v for k, v in expected.items() if k != "data_filters"
+        filters = expected.pop("data_filters")
+        mine = dict(recipe.config)
+        assert mine.pop("data_filters") == {name: filters[name] for name in ("quality_rules", "exact_deduplication")}
+        assert mine == expected
+        assert {k: v for k, v in recipe.choices.items() if k != "data_filters"} == {
+            name: choices.get(name) for name in recipe.choices if name != "data_filters"
         }
-        assert recipe.choices["checkpointing"] == choices["checkpointing"] == "uniform"
 
 
 def test_every_option_of_every_axis_composes_and_has_help():

@@ -9,8 +9,9 @@ from typing import Any
 from dyno.axes import AXES
 from dyno.claims import formula
 from dyno.claims.planned import KEYS as PLAN_KEYS
+from dyno.composition import CONF
 from dyno.errors import UserError
-from dyno.recipe import CONF, close
+from dyno.recipe import close
 
 KINDS = ("measure", "plan", "scale")
 DEVICES = ("cpu", "cuda")

@@ -136,9 +136,10 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
     state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
-    weights = shape.linear_parameters * split / machine.memory * micro
-    casts = w < stored and not comes_narrow(print_)
-    weights *= (2 * (stored + w) if casts else 0.0) + (3 * gradient if micro > 1 else 0.0)
+    casts = w < stored and not comes_narrow(print_)  # of the blocks; autocast casts the head all the same
+    cast = shape.linear_parameters * split if casts else shape.vocab * h * tensor * print_.head_factor
+    weights = micro * cast * (2 * (stored + w) if w < stored else 0.0) / machine.memory
+    weights += micro * shape.linear_parameters * split * (3 * gradient if micro > 1 else 0.0) / machine.memory
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     moved += 0.0 if print_.steps_narrow else print_.step_traffic

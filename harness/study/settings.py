@@ -7,9 +7,10 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dyno.composition import parse
 from dyno.constraints import constraint
 from dyno.errors import UserError
-from dyno.recipe import Recipe, close, compose, parse
+from dyno.recipe import Recipe, close, compose
 from dyno.study import samplers
 from dyno.study.goals import Goals, objective
 from dyno.study.space import Condition, Parameter, Space, Value, conditions, parameter, value_of

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from dyno.composition import parse
 from dyno.errors import UserError
-from dyno.recipe import Recipe, parse
+from dyno.recipe import Recipe
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

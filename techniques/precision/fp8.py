@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 GAIN = 1.7  # of large products over bf16 ones; assumed, no ceiling of fp8 is probed
-# Seconds of the host a block and micro-batch, for scales, casts and seven products and their gradients as operators of
-# Python: eager, compiled, and compiled once more for blocks that run again. Set to the least error over 25 random recipes.
-CALL_S, COMPILED_CALL_S, COMPILED_AGAIN_S = 7e-3, 2e-3, 3e-3
+HOST = 2.75  # of a step's launches: scales, casts, operators of Python (of the least error over 25 random recipes)
 
 
 @dataclass
@@ -48,7 +46,7 @@ class FP8(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """What 16 bits keep, but inputs of linear layers in a byte, and so the blocks' weights for the backward pass."""
-        sixteen, calls = self.weights == "bfloat16", shape.layers * shape.micro_batches
+        sixteen = self.weights == "bfloat16"
         return replace(
             masters(shape) if sixteen else Footprint(),
             parameter_bytes=2.0 if sixteen else None,
@@ -58,9 +56,7 @@ class FP8(Technique):
             matmul_dtype="fp8",
             wide_dtype="bf16",
             matmul_gain=GAIN,
-            host_s=CALL_S * calls,
-            host_compiled_s=COMPILED_CALL_S * calls,
-            host_compiled_again_s=COMPILED_AGAIN_S * calls,
+            host_factor=HOST,
         )
 
     def apply(self, run: Run) -> None:

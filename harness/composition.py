@@ -1,0 +1,83 @@
+"""Overrides -> a config, by Hydra; options that were composed before are not composed again."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Container
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dyno.errors import UserError
+
+CONF = Path(importlib.import_module("dyno.conf").__path__[0])
+
+
+@lru_cache(maxsize=1)
+def hydra_and_parser() -> Any:
+    """Hydra, imported when it is first needed, and its parser of overrides."""
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return hydra, OverridesParser.create()
+
+
+def parse(overrides: list[str]) -> list[Any]:
+    """Hydra's override objects, or a UserError with the offending word."""
+    _, parser = hydra_and_parser()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except Exception as error:  # noqa: BLE001  the parser raises several antlr types; all mean the same to the user
+            raise UserError(f"'{text}' is not an override; write axis=option or axis.knob=value") from error
+    return parsed
+
+
+def _quoted(text: str) -> str:
+    """Text as a word of Hydra's grammar, whatever is in it."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def by_hydra(overrides: tuple[str, ...], plugins: tuple[str, ...] = ()) -> tuple[Any, dict[str, Any]]:
+    """(config, option of every group), nothing resolved yet."""
+    hydra, _ = hydra_and_parser()
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    search = ",".join(_quoted(f"file://{Path(p) / 'conf'}") for p in plugins)
+    extra = [f"hydra.searchpath=[{search}]"] if plugins else []
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("recipe", overrides=[*overrides, *extra], return_hydra_config=True)
+    chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(chosen, dict)
+    plain = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+    OmegaConf.set_struct(plain, True)
+    return plain, {str(name): option for name, option in chosen.items()}
+
+
+_kept_options = lru_cache(maxsize=64)(by_hydra)  # of Dyno's own options, whose files stay as they are
+
+
+def with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str, Any]]:
+    """`by_hydra` of the options alone, kept from before if they were the same, and then the values put in: recipes of a
+    study differ in little else. (None, {}) where an override is more than that, or wrong, for Hydra to take or to refuse.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if any(o.package is not None or o.is_add() or o.is_force_add() for o in parsed):
+        return None, {}
+    options = tuple(o.input_line for o in parsed if o.key_or_group in known)
+    cfg, chosen = _kept_options(options)
+    cfg = copy.deepcopy(cfg)
+    try:
+        for override in parsed:
+            if override.key_or_group not in known:
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+    except OmegaConfBaseException:
+        return None, {}
+    return cfg, chosen
