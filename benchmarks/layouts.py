@@ -258,7 +258,7 @@ def listed(chosen: list[Cell], device: Device) -> None:
 
 
 def run(chosen: list[Cell], given: argparse.Namespace, out: Path) -> None:
-    """Run what has no record yet, or one that ended by a failure under --again, until the time is over."""
+    """Run what has no record yet, or one that is outdated or, under --again, ended by a failure, until the time is over."""
     started, known, old = time.monotonic(), read(out), outdated(out)
     again = ("crashed", "timeout", "contaminated") if given.again else ()
     for cell in chosen:

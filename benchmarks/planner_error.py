@@ -81,10 +81,13 @@ def outcomes(folders: list[str]) -> dict[str, int]:
 
 
 def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
-    """By draw (a recipe's seed): errors of the plan that each record holds, which was made before its run."""
+    """By draw (a recipe's seed): errors of the plan that each record holds, which was made before its run.
+
+    Lines marked "later" are of recipes run after the plan had been corrected by the others of their draw.
+    """
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"memory": [], "time": []})
     for folder, row in done(folders):
-        if row["status"] != "ok" or row["refused"]:
+        if row["status"] != "ok" or row["refused"] or row.get("later"):
             continue
         record = json.loads((folder / "runs" / row["id"] / "record.json").read_bytes())
         for what, name in (("memory", "peak_memory_bytes"), ("time", "step_time_s")):
@@ -143,8 +146,12 @@ def main() -> int:
             row = out[what]["steady"] = judged(steady, what, [])["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["as_planned"] = as_planned(arguments.folders)
-    shares = [float(row["key"].rpartition(" ")[2]) for _, row in done(arguments.audited)]
-    out["audited_share"] = max(shares, default=None)
+    shares = {row["share"] for _, row in done(arguments.audited)}
+    if len(shares) > 1:
+        parser.error(
+            f"--audited: audits of one share are judged together, here are {', '.join(map(str, sorted(shares)))}"
+        )
+    out["audited_share"] = next(iter(shares), None)
     out["outcomes"] = outcomes([*arguments.folders, *arguments.audited])
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))
     if arguments.store:

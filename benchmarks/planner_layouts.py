@@ -61,11 +61,12 @@ class Measured:
 
 def layout_of(recipe: Recipe) -> tuple[int, str]:
     """(GPUs, words that tell a layout and what goes with it from the others)."""
-    knobs = {k: v for t in recipe.techniques["parallelism"] for k, v in t.knobs().items()}
+    (layout,) = recipe.techniques["parallelism"]
+    knobs, idle = layout.knobs(), layout.idle_knobs
     gpus = max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
     words = [f"{name}{knobs[name]}" for name in DEGREES if knobs.get(name, 1) > 1] or ["one"]
     if gpus > 1:
-        words.append(f"zero{knobs['zero']}")
+        words += [] if "zero" in idle else [f"zero{knobs['zero']}"]
         words += [f"x{knobs['replicate']}"] if knobs["replicate"] > 1 else []
         words += [f"{knobs['schedule']}/{knobs['micro_batches']}"] if knobs["pp"] > 1 else []
         words += [knobs["context"]] if knobs["cp"] > 1 else []

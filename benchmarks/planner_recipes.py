@@ -6,12 +6,12 @@
 
 Several workers start and compile side by side and measure in turn (measure.exclusive=window): memory is exact, and a
 step is timed while others may start. They are let in while the predicted peaks of all fit into the device; a recipe
-that runs out of memory beside others is run again alone.
+that runs out of memory beside others is run again alone, but under an audit.
 
 Recipe number i is a function of the seed and i alone, so any prefix is a fair sample and a second call goes on where the
 first stopped. Axes and options come from the config directory: what is not there is not drawn. Under an audit every
 recipe may take a share of the memory that the plan says it needs, is therefore refused, and runs all the same: one that
-ends well was refused falsely. The last line on stdout is JSON.
+ends well was refused falsely. Those that need less than a limit may be are left out. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Campaign:
         self.known = done(self.out)
         self.device = detect({"device": given.hardware if given.hardware == "cpu" else "auto"})
         self.room = Room(self.device.memory_bytes)
-        self.counts = dict.fromkeys(("ok", "out_of_memory", "other", "unsupported", "refused"), 0)
+        self.counts = dict.fromkeys(("ok", "out_of_memory", "other", "unsupported", "refused", "too_small"), 0)
         self.writing = threading.Lock()
         self.again: list[tuple[str, Recipe]] = []
 
@@ -157,6 +157,7 @@ class Campaign:
             if given.audit:
                 limit = given.audit * plan.needed_bytes / 2**30
                 if limit < LEAST_GIB:
+                    self.counts["too_small"] += 1
                     continue
                 recipe = compose([*recipe.overrides, f"measure.memory_limit_gib={limit:.3f}"])
             yield key, recipe, int(plan.peak_memory_bytes or 0)
@@ -178,7 +179,8 @@ class Campaign:
                 self.again.append((key, recipe))
                 return
             self.counts[record["status"] if record["status"] in self.counts else "other"] += 1
-            row = {"key": key, "id": record["id"], "status": record["status"], "refused": bool(self.given.audit)}
+            row = {"key": key, "id": record["id"], "status": record["status"]}
+            row |= {"refused": bool(self.given.audit), "share": self.given.audit}
             with (self.out / "done.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{self.seconds:6.0f} s  {key}  {line(record)[:150]}", file=sys.stderr, flush=True)
@@ -197,6 +199,8 @@ def main() -> int:
     )
     parser.add_argument("--hardware", default="auto")
     given = parser.parse_args()
+    if given.audit is not None and not 0 < given.audit < 1:
+        parser.error(f"--audit {given.audit:g}: a share of what is needed lies between 0 and 1, such as 0.97")
     campaign = Campaign(given)
     if given.workers > 1:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // given.workers)))

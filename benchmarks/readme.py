@@ -6,26 +6,18 @@ Text between the markers `<!-- NAME -->` and `<!-- /NAME -->` is generated; noth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
-import layouts
-import planner_layouts
+import readme_layouts
 import readme_planner
+from readme_layouts import cell
 
-from dyno.recipe import Recipe
 from dyno.record import read_records
 from dyno.show import si
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "energy_j_per_token", "validation_loss")
-
-
-def cell(metric: dict | None) -> str:
-    if metric is None or metric["value"] is None:
-        return ""
-    return si(metric["value"], metric["unit"]).replace("token/s", "tok/s")
 
 
 def study_table(where: Path) -> list[str]:
@@ -49,14 +41,12 @@ def study_table(where: Path) -> list[str]:
     return lines
 
 
-LAYOUTS = ("160m", "160m_128k", "1b", "1b_8k", "1b_32k", "1b_128k", "deep")  # groups of the layouts that are shown
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
 }
-BEST = 3  # of a study
 LAST = 20  # steps whose mean loss is told
 
 
@@ -88,83 +78,6 @@ def peer_table(*paths: Path) -> list[str]:
                 f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
             )
     return lines
-
-
-MARK = "\\*"
-
-
-def remarks(records: Iterable[dict], old: dict[str, str]) -> list[str]:
-    """What rows with a mark, whose step was another than today's, were measured with."""
-    reasons = sorted({old[r["id"]] for r in records if r["id"] in old})
-    return ["", f"{MARK} {' '.join(reasons)}"] if reasons else []
-
-
-def layouts_table(where: Path) -> list[str]:
-    """Parallel layouts beside one GPU: what the step takes, what of it waits for messages, and the losses."""
-    cells = layouts.read(where)
-    shown = [(key, r) for key, r in cells.items() if r["status"] == "ok" and key.partition("/")[0] in LAYOUTS]
-    shown.sort(key=lambda cell: LAYOUTS.index(cell[0].partition("/")[0]))
-    rows = {key: layouts.row_of(key, r, layouts.reference(key, cells)) for key, r in shown}
-    old = layouts.outdated(where)
-    gpu, gpus = shown[0][1]["fingerprint"]["device"].split()[1], max(row["gpus"] for row in rows.values())
-    bus = sorted(row["bus_byte_per_s"] for row in rows.values() if row["bus_byte_per_s"])
-    lines = [
-        "",
-        f"Layouts of {gpus} {gpu} through NCCL, bf16, eager (all-reduce: {bus[len(bus) // 2] / 1e9:.0f} GB/s bus "
-        "bandwidth). Exposed messages: what of a step the rank that waits least waits for them. Loss: the largest difference "
-        "to one GPU's (where the model does not fit, to the first layout's), over ten steps or, of weights rounded at random, "
-        "in the first.",
-        "",
-        "| model and tokens | layout | tokens/s | peak memory a GPU | exposed messages | loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key, record in shown:
-        name, row, workload = key.rpartition("/")[2], rows[key], record["config"]["workload"]
-        share, apart = row["communication_share"], row["loss_apart"]
-        mark = MARK if record["id"] in old else ""
-        apart = None if layouts.reference(key, cells) is record else apart
-        lines.append(
-            f"| {record['config']['model']['name']}, {workload['batch']} x {workload['seq']} | {name}{mark} | "
-            f"{si(row['tokens_per_s_per_gpu'] * row['gpus'])} | {si(row['peak_memory_bytes'], 'B')} | "
-            f"{'-' if share is None else f'{share:.0%}'} | {'-' if apart is None else f'{apart:.3%}'} |"
-        )
-    return [*lines, *remarks((record for _, record in shown), old)]
-
-
-def scaling_table(where: Path) -> list[str]:
-    """Compiled steps on 1, 2, ... GPUs: of one batch (strong), and of one that grows with them (weak)."""
-    cells = layouts.read(where)
-    rows = {key: layouts.row_of(key, r, None) for key, r in cells.items() if r["status"] == "ok"}
-    old = layouts.outdated(where)
-    most = max(row["gpus"] for row in rows.values())
-    counts = [count for count in (2, 4, 8) if count <= most]
-    heads = [f"{count} GPUs" for count in counts]
-    lines = [
-        "",
-        f"Scaling of compiled steps (`compile.per_block=true`) on {most} {next(iter(cells.values()))['fingerprint']['device']}: "
-        "tokens/s, and their share of what as many single GPUs would make (strong: each by itself with the whole batch; weak: "
-        "with its own rows).",
-        "",
-        f"| model and tokens | layout | | 1 GPU | {' | '.join(heads)} |",
-        "|---|---|---|---|" + "---|" * len(counts),
-    ]
-    for model in ("160m", "1b"):
-        group = f"{model}_compiled"
-        for layout in ("ddp", "zero1", "zero3"):
-            for kind, first in (("strong", f"{group}/one"), ("weak", f"{group}/weak1")):
-                if first not in rows:
-                    continue
-                alone, found = rows[first]["tokens_per_s_per_gpu"], []
-                for count in counts:
-                    key = f"{group}/{layout}" if count == most else f"{group}/{kind}{count}_{layout}"
-                    each = rows[key]["tokens_per_s_per_gpu"] if key in rows else None
-                    mark = MARK if each and cells[key]["id"] in old else ""
-                    found.append(f"{si(each * count)} ({each / alone:.0%}){mark}" if each else "-")
-                workload = cells[first]["config"]["workload"]
-                shape = f"{workload['batch']} x {workload['seq']}{' a GPU' if kind == 'weak' else ''}"
-                lines.append(f"| {model}, {shape} | {layout} | {kind} | {si(alone)} | {' | '.join(found)} |")
-    compiled = (record for key, record in cells.items() if key.partition("/")[0].endswith("_compiled"))
-    return [*lines, *remarks(compiled, old)]
 
 
 def largest_table(*paths: Path) -> list[str]:
@@ -254,31 +167,6 @@ def told(record: dict) -> str:
     """The options and the batch of a run."""
     options = [f"{a}={record['choices'][a]}" for a in ("precision", "checkpointing", "compile", "offload")]
     return f"`{' '.join(options)} workload.batch={record['config']['workload']['batch']}`"
-
-
-def layout_studies(*places: Path) -> list[str]:
-    """The fastest that `dyno tune study=layout` measured."""
-    lines = [
-        "",
-        f"`dyno tune study=layout`, broken off early (`results/reference/h200-x*/README.md`); the fastest {BEST} of each:",
-        "",
-        "| model, GPUs | runs | layout | tokens/s | peak memory a GPU |",
-        "|---|---|---|---|---|",
-    ]
-    notes: list[str] = []
-    for where in places:
-        records = [r for r in read_records(where) if r["status"] == "ok"]
-        best = sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST]
-        old = layouts.outdated(where)
-        notes += remarks(best, old)
-        for record in best:
-            gpus, layout = planner_layouts.layout_of(Recipe(record["config"], record["choices"]))
-            figures = [cell(record["metrics"][name]) for name in ("tokens_per_s", "peak_memory_bytes")]
-            device = record["fingerprint"]["device"].split()[1]
-            name = f"{layout}{MARK if record['id'] in old else ''}"
-            row = [f"{record['choices']['model']}, {gpus} {device}", str(len(records)), name, *figures]
-            lines.append(f"| {' | '.join(row)} |")
-    return [*lines, *notes]
 
 
 ATTENTION_SHAPES = ("b1_h16x16_q16384_k16384_d128_causal", "b1_h32x32_q16384_k16384_d64_causal")
@@ -377,10 +265,12 @@ def main() -> None:
             *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
             *kernel_table(reference / "kernels"),
             *serving_table(reference / "generate-160m"),
-            *layouts_table(reference.parent / "h200-x2" / "layouts"),
-            *layouts_table(reference.parent / "h200-x4" / "layouts"),
-            *scaling_table(reference.parent / "h200-x4" / "layouts"),
-            *layout_studies(*(reference.parent / f"h200-x{n}" / f"layout-{m}" for m in ("1b", "8b") for n in (2, 4))),
+            *readme_layouts.layouts_table(reference.parent / "h200-x2" / "layouts"),
+            *readme_layouts.layouts_table(reference.parent / "h200-x4" / "layouts"),
+            *readme_layouts.scaling_table(reference.parent / "h200-x4" / "layouts"),
+            *readme_layouts.layout_studies(
+                *(reference.parent / f"h200-x{n}" / f"layout-{m}" for m in ("1b", "8b") for n in (2, 4))
+            ),
             *split_decode_table(reference.parent / "h200-x4" / "decode-8b"),
             *meter_lines(reference / "meter_overhead.json"),
         ],
