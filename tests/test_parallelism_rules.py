@@ -188,6 +188,16 @@ def sent(layout, micro_batches=1):
     return said.wire_bytes + 4 * (said.wire_weights + said.wire_activations)
 
 
+def test_gradients_are_whole_between_the_micro_batches_of_zero1_alone():
+    def gradients(zero, micro_batches):
+        return _cost.footprint(
+            Mesh(dp=8, zero=zero), Shape(**{**vars(SHAPE), "micro_batches": micro_batches})
+        ).gradient_factor
+
+    assert gradients(1, 1) == gradients(2, 1) == gradients(2, 4) == gradients(3, 4) < 0.25
+    assert gradients(1, 4) == pytest.approx(1.0)
+
+
 def test_what_is_sent_follows_the_papers():
     whole = 4 * 138e6
     assert sent(Mesh(dp=8)) == pytest.approx(2 * whole * 7 / 8)
