@@ -13,8 +13,8 @@ from dyno.study.space import Value
 if TYPE_CHECKING:
     from dyno.study.goals import Objective
 
-LOOKED_AT = 64  # points at most: each is a recipe composed and planned
-SAMPLE = 24  # of them at random, the others are neighbours of the best so far
+LOOKED_AT = 128  # points at most: each is a recipe composed and planned
+SAMPLE = 48  # of them at random, the others are neighbours of the best so far
 FIGURES: dict[str, Callable[[Plan], float | None]] = {
     "tokens_per_s": lambda plan: plan.tokens_per_s,
     "step_time_s": lambda plan: plan.step_s,
