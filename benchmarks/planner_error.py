@@ -83,7 +83,7 @@ def outcomes(folders: list[str]) -> dict[str, int]:
 def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
     """By draw (a recipe's seed): errors of the plan that each record holds, which was made before its run.
 
-    Lines marked "later" are of recipes run after the plan had been corrected by the others of their draw.
+    Lines marked "later", by hand, are of recipes run after the plan had been corrected by the others of their draw.
     """
     errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"memory": [], "time": []})
     for folder, row in done(folders):
@@ -105,6 +105,9 @@ def main() -> int:
     parser.add_argument("--worst", type=int, default=5, help="how many of the worst predictions are shown")
     parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
+    shares = {row.get("share") for _, row in done(arguments.audited)}
+    if len(shares) > 1:
+        parser.error(f"--audited: audits of one share are judged together, here are {', '.join(map(str, shares))}")
     samples, left_out = [], 0
     for folder in arguments.folders:
         more, bad = calibrate.read(folder)
@@ -146,11 +149,6 @@ def main() -> int:
             row = out[what]["steady"] = judged(steady, what, [])["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["as_planned"] = as_planned(arguments.folders)
-    shares = {row["share"] for _, row in done(arguments.audited)}
-    if len(shares) > 1:
-        parser.error(
-            f"--audited: audits of one share are judged together, here are {', '.join(map(str, sorted(shares)))}"
-        )
     out["audited_share"] = next(iter(shares), None)
     out["outcomes"] = outcomes([*arguments.folders, *arguments.audited])
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))

@@ -66,7 +66,7 @@ def layout_of(recipe: Recipe) -> tuple[int, str]:
     gpus = max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
     words = [f"{name}{knobs[name]}" for name in DEGREES if knobs.get(name, 1) > 1] or ["one"]
     if gpus > 1:
-        words += [] if "zero" in idle else [f"zero{knobs['zero']}"]
+        words += [f"zero{knobs['zero']}"] if "zero" not in idle else []
         words += [f"x{knobs['replicate']}"] if knobs["replicate"] > 1 else []
         words += [f"{knobs['schedule']}/{knobs['micro_batches']}"] if knobs["pp"] > 1 else []
         words += [knobs["context"]] if knobs["cp"] > 1 else []

@@ -109,13 +109,12 @@ def layout_studies(*places: Path) -> list[str]:
         "| model, GPUs | runs | layout | tokens/s | peak memory a GPU |",
         "|---|---|---|---|---|",
     ]
-    notes: list[str] = []
-    for where in places:
-        records = [r for r in read_records(where) if r["status"] == "ok"]
-        best = sorted(records, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST]
-        signs, said = marks(best, layouts.outdated(where))
-        notes += [line for line in said if line not in notes]
-        for record in best:
+    finished = [[r for r in read_records(where) if r["status"] == "ok"] for where in places]
+    best = [sorted(some, key=lambda r: -r["metrics"]["tokens_per_s"]["value"])[:BEST] for some in finished]
+    old = {run: reason for where in places for run, reason in layouts.outdated(where).items()}
+    signs, notes = marks((record for rows in best for record in rows), old)
+    for records, rows in zip(finished, best, strict=True):
+        for record in rows:
             gpus, layout = planner_layouts.layout_of(Recipe(record["config"], record["choices"]))
             figures = [cell(record["metrics"][name]) for name in ("tokens_per_s", "peak_memory_bytes")]
             device = record["fingerprint"]["device"].split()[1]

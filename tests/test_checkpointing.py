@@ -230,6 +230,16 @@ def test_a_budget_that_cannot_be_met_is_told_with_the_least_that_can(tmp_path):
         prepared(tmp_path, "checkpointing=optimal", "checkpointing.budget=0.01")
 
 
+def test_a_block_that_a_layout_holds_is_measured_by_one_of_its_sizes(tmp_path, monkeypatch):
+    run = prepared(tmp_path, "checkpointing=optimal", "checkpointing.budget=0.5")
+    block = run.model.blocks[0]
+    plain, state = optimal.block_bytes(run, block, 32), torch.get_rng_state()
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", torch.nn.Parameter)  # as if all of its weights were sharded
+    assert optimal.free_copy(run, block).mlp.up_proj.weight.sum() == 0 != block.mlp.up_proj.weight.sum()
+    assert optimal.block_bytes(run, block, 32) == plain
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_budget_in_gib_is_kept_by_the_run_and_shown_by_the_plan(plain, tmp_path):
     """Half of what `none` keeps, in GiB: the run stays below it, and says what it was predicted to hold."""
     rows = optimal.rows_at_once(prepared(tmp_path, "checkpointing=optimal"))

@@ -16,6 +16,7 @@ from dyno.recipe import compose
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import layouts  # noqa: E402
 import planner_recipes  # noqa: E402
+import readme_layouts  # noqa: E402
 
 CARD = 80 * 2**30
 
@@ -111,3 +112,10 @@ def test_an_audit_of_no_share_is_refused(share, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         planner_recipes.main()
     assert end.value.code == 2 and "lies between 0 and 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_marks_tell_older_steps_apart_by_reason():
+    signs, lines = readme_layouts.marks([{"id": "a"}, {"id": "b"}, {"id": "c"}], {"a": "Of one.", "c": "Of another."})
+    assert signs == {"a": r"\*\*", "c": r"\*"}
+    assert lines == ["", r"\* Of another.", "", r"\*\* Of one."]
+    assert readme_layouts.marks([{"id": "b"}], {"a": "Of one."}) == ({}, [])

@@ -112,14 +112,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "cp_tp": (4, mesh(cp=2, tp=2, context="ulysses")),
     "dp_tp_pp": (8, mesh(dp=2, tp=2, pp=2, zero=1)),
 }  # fmt: skip
-GATHERED_NARROW = (
-    "zero1_bf16",
-    "zero3_bf16",
-    "hybrid_bf16",
-    "dp_tp_bf16",
-    "pp_dp_bf16",
-    "cp_dp_bf16",
-)  # blocks, in bf16
+# Whose blocks are gathered in bf16.
+GATHERED_NARROW = ("zero1_bf16", "zero3_bf16", "hybrid_bf16", "dp_tp_bf16", "pp_dp_bf16", "cp_dp_bf16")
 PACKED = ("documents", "padded")  # of the stream's documents of 20 tokens: rows with unlike numbers of targets
 EXACT = [
     case

@@ -63,7 +63,7 @@ def reason(tmp_path, layout, *overrides, on=None):
         (Mesh(pp=2, schedule="zero_bubble"), ["compile=on", "compile.per_block=true"], "backward pass in two halves"),
         (Mesh(cp=2), ["workload.seq=126"], "workload.seq=126 cannot be split into 4 parts, twice parallelism.cp=2"),
         (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of cuDNN's or PyTorch's flash kernel"),
-        (Mesh(cp=2), ["attention=sdpa", "attention.backend=efficient"], "the ring merges the parts of cuDNN's or PyTorch's"),
+        (Mesh(cp=2), ["attention=sdpa", "attention.backend=efficient"], "use attention.backend=auto, flash or cudnn"),
         (Mesh(cp=4, context="ulysses"), [], "model.kv_heads=2 cannot be split over parallelism.cp=4"),
         (Mesh(cp=2, tp=2, context="ulysses"), [], "parallelism.cp=2 x parallelism.tp=2, which ulysses needs"),
         (Mesh(tp=2), ["loss=chunked"], "the head is split over ranks: use loss=full"),
@@ -189,13 +189,13 @@ def sent(layout, micro_batches=1):
 
 
 def test_gradients_are_whole_between_the_micro_batches_of_zero1_alone():
-    def gradients(zero, micro_batches):
-        return _cost.footprint(
-            Mesh(dp=8, zero=zero), Shape(**{**vars(SHAPE), "micro_batches": micro_batches})
-        ).gradient_factor
+    def gradients(zero, micro_batches, **degrees):
+        shape = Shape(**{**vars(SHAPE), "micro_batches": micro_batches})
+        return _cost.footprint(Mesh(**({"dp": 8} | degrees), zero=zero), shape).gradient_factor
 
     assert gradients(1, 1) == gradients(2, 1) == gradients(2, 4) == gradients(3, 4) < 0.25
     assert gradients(1, 4) == pytest.approx(1.0)
+    assert gradients(1, 1, dp=1, tp=2) == gradients(0, 1, dp=1, tp=2)  # nobody to share them with
 
 
 def test_what_is_sent_follows_the_papers():

@@ -110,7 +110,7 @@ def _from_record(record: dict[str, Any]) -> Row:
     for axis in choices:
         node = config.get(axis)
         if axis in BY_NAME and isinstance(node, dict) and len(node) > 1:
-            idle.update(f"{axis}.{knob}" for knob in _idle_knobs(json.dumps(node, sort_keys=True)))
+            idle.update(f"{axis}.{knob}" for knob in _idle_knobs(json.dumps(node, sort_keys=True, default=str)))
         for knob, value in node.items() if isinstance(node, dict) else ():
             if isinstance(value, bool | int | float | str) and knob != "_target_":
                 knobs[f"{axis}.{knob}"] = str(value)

@@ -282,9 +282,10 @@ def _best(summary: Summary, most: int) -> list[Row]:
     ranked = [row for _, row in sorted(scored, key=lambda pair: pair[0])]
     unique = {row.recipe_hash or row.id: row for row in reversed(ranked)}
     kept = [row for row in ranked if unique[row.recipe_hash or row.id] is row]
-    firsts = [first for metric, direction in summary.objectives if (first := first_by(kept, metric, direction))]
-    others = [row for row in kept if row not in firsts][: max(0, most - len({row.id for row in firsts}))]
-    return [row for row in kept if row in firsts or row in others]
+    firsts = {id(row) for metric, way in summary.objectives if (row := first_by(ranked, metric, way))}
+    others = [row for row in kept if id(row) not in firsts][: max(0, most - len(firsts))]
+    chosen = firsts | {id(row) for row in others}
+    return [row for row in ranked if id(row) in chosen]
 
 
 def first_by(rows: list[Row], metric: str, direction: str) -> Row | None:

@@ -178,7 +178,8 @@ def measured_chain(run: Run) -> Chain:
 
 
 def free_copy(run: Run, block: nn.Module) -> nn.Module:
-    """A copy of a block, or one of its sizes where a layout has taken hold of its weights, whose values do not matter."""
+    """A copy of a block or, where a layout has taken hold of its weights, whose values do not matter, one of its whole sizes:
+    of tensor ranks each keeps a part of what that keeps."""
     import copy
 
     import torch
@@ -189,10 +190,11 @@ def free_copy(run: Run, block: nn.Module) -> nn.Module:
     assert run.model is not None
     if not any(isinstance(p, DTensor) for p in block.parameters()):
         return copy.deepcopy(block)
-    free = Block(run.model.config)
+    with torch.device("meta"):
+        free = Block(run.model.config)
     for name, parameter in block.named_parameters():
         owner, _, last = name.rpartition(".")
-        setattr(free.get_submodule(owner), last, torch.nn.Parameter(torch.zeros(parameter.shape)))
+        setattr(free.get_submodule(owner), last, torch.nn.Parameter(torch.zeros(parameter.shape, device=run.device)))
     for part in ("attention", "mlp"):
         getattr(free, part).project = getattr(block, part).project
     return free

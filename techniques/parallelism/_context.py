@@ -67,8 +67,8 @@ def split(grid: Grid, run: Run) -> None:
     run.wrap("local_batch", local_batch, by=layout)
     run.wrap("forward", evaluated, by=layout)
     if layout.context == "ring":
-        cudnn = ring_backend(run.recipe) != "flash"
-        run.wrap("attention", lambda attend: ring_attention(group, cudnn), by=layout)
+        backend = ring_backend(run.recipe) or "auto"
+        run.wrap("attention", lambda attend: ring_attention(group, backend), by=layout)
     else:
         run.wrap("attention", lambda attend: ulysses_attention(attend, group, ranks), by=layout)
 

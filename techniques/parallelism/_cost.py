@@ -56,7 +56,8 @@ def part_of(layout: Mesh, shape: Shape, pp_rank: int) -> Part:
 
 def weight_numbers(layout: Mesh, shape: Shape, part: Part) -> tuple[float, float]:
     """Numbers that a rank sends in a step for its replicas' and shards' sake: of a weight's width, and of an activation's,
-    which is what blocks are gathered in. An embedding's output, which tensor ranks add up, is as wide as its weights."""
+    which is what blocks are gathered in. With them what tensor ranks add up of an embedding's output, as wide as its weights:
+    two messages of a step, taken as hidden."""
     here = part.weights / layout.tp
     blocks = part.layers * part.block / layout.tp
     micro = shape.micro_batches
@@ -152,13 +153,16 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
     layers = part.layers / shape.layers
     weights = part.weights / shape.parameters / layers
     standing, gathered, visiting, gradients = 0.0, 0.0, 0.0, 1.0
+    sharded = layout.copies * layout.shards > 1
     if layout.copies > 1 and layout.in_buckets:  # the gradients live in DDP's buckets, which stay
         standing, gradients = whole, 0.0
-    elif layout.copies * layout.shards > 1:  # FSDP2 gathers into buffers beside the shards, even where one is all
+    elif sharded:  # FSDP2 gathers into buffers beside the shards, even where one is all
         standing = (part.embedding + part.head) / layout.tp
         gathered = 0.0 if layout.zero == 3 else whole - standing
         visiting = 2.0 if layout.zero == 3 else 0.0  # two blocks are in flight
-    if layout.zero >= 2 or (layout.zero == 1 and shape.micro_batches == 1):  # and one block's before they are scattered
+    if sharded and (
+        layout.zero >= 2 or (layout.zero == 1 and shape.micro_batches == 1)
+    ):  # and one block's, not yet scattered
         gradients = 1 / layout.shards + part.block / part.weights
     # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices; where tokens
     # are split there, the matrices' two inputs are gathered and kept.

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dyno.errors import Unsupported
+
 aten = torch.ops.aten
 
 
@@ -185,10 +187,14 @@ class Ring(torch.autograd.Function):
         return dq.to(q.dtype), *home.to(k.dtype), None, None, None
 
 
-def ring_attention(group: Any, cudnn: bool = True) -> Callable[..., Tensor]:
+def ring_attention(group: Any, backend: str = "auto") -> Callable[..., Tensor]:
     """The attention of a rank that holds its zig-zag part of the sequence; q (B, H, S, D), k and v (B, G, S, D).
 
-    Its parts are cuDNN's where that takes them and `cudnn` allows it, else those of PyTorch's flash kernel.
+    Parts in 16 bits on a GPU are attended to by cuDNN or flash; auto is cuDNN where it takes them. In fp32 there it is the
+    efficient kernel, on a CPU flash.
+
+    Raises:
+        Unsupported: cudnn is asked for and does not take them.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None) -> Tensor:
@@ -197,6 +203,9 @@ def ring_attention(group: Any, cudnn: bool = True) -> Callable[..., Tensor]:
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return Ring.apply(q, k, v, scale, group, cudnn and cudnn_takes(q, k, v, causal))
+        by_cudnn = backend != "flash" and cudnn_takes(q, k, v, causal)
+        if backend == "cudnn" and not by_cudnn:
+            raise Unsupported(f"cuDNN's attention does not take queries of {tuple(q.shape)} here: use attention=sdpa")
+        return Ring.apply(q, k, v, scale, group, by_cudnn)
 
     return attention

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyno.technique import Footprint, Run, Shape, Technique
-from dyno.techniques.parallelism import _cost, _rules
+from dyno.techniques.parallelism import _cost, _rules, _stages
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -97,7 +97,8 @@ class Mesh(Technique):
         }
         ones = [degree for degree in ("dp", "tp", "pp", "cp", "ep") if getattr(self, degree) == 1]
         sharding = ("zero", "replicate", "reshard_to") if self.dp * self.cp == 1 else ()
-        return frozenset([*ones, *sharding, *(knob for degree in ones for knob in goes_with.get(degree, ()))])
+        staging = () if _stages.SCHEDULES.get(self.schedule, ("", True))[1] else ("virtual_stages",)
+        return frozenset([*ones, *sharding, *staging, *(knob for degree in ones for knob in goes_with.get(degree, ()))])
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
         return _rules.reason(self, recipe, device)
