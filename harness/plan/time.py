@@ -169,7 +169,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
         "offload": link / machine.host_bytes_per_s,
         "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s)
-        + HOST_STEP_S * (print_.host_updates > 0),
+        + HOST_STEP_S * (kind == "cuda" and print_.host_updates > 0),
     }  # fmt: skip
 
 
