@@ -97,6 +97,25 @@ def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
     return {draw: {what: summary(np.array(e)) for what, e in found.items()} for draw, found in errors.items()}
 
 
+def repeats(folders: list[str], audited: list[str]) -> dict[str, float | int] | None:
+    """How far two timings of one recipe lie apart: as drawn, and again under an audit that it passed."""
+
+    def steps(where: list[str]) -> dict[str, float]:
+        finished = [(folder, row) for folder, row in done(where) if row["status"] == "ok"]
+        read = {
+            row["key"].partition("/audit")[0]: folder / "runs" / row["id"] / "record.json" for folder, row in finished
+        }
+        return {key: json.loads(path.read_bytes())["metrics"]["step_time_s"]["value"] for key, path in read.items()}
+
+    again = steps(audited)
+    first = steps(folders) if again else {}
+    apart = [abs(again[key] / first[key] - 1) for key in again.keys() & first.keys()]
+    if not apart:
+        return None
+    median, most = (round(float(np.quantile(apart, q)), 4) for q in (0.5, 0.9))
+    return {"pairs": len(apart), "median": median, "p90": most}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
@@ -149,6 +168,7 @@ def main() -> int:
             row = out[what]["steady"] = judged(steady, what, [])["all"]
             show(f"time: as derived, steady steps ({STEADY:.0%})", {"all": row})
     out["as_planned"] = as_planned(arguments.folders)
+    out["repeats"] = repeats(arguments.folders, arguments.audited)
     out["audited_share"] = next(iter(shares), None)
     out["outcomes"] = outcomes([*arguments.folders, *arguments.audited])
     print("\n" + "  ".join(f"{name} {count}" for name, count in out["outcomes"].items()))

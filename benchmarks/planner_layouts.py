@@ -63,7 +63,7 @@ def layout_of(recipe: Recipe) -> tuple[int, str]:
     """(GPUs, words that tell a layout and what goes with it from the others)."""
     (layout,) = recipe.techniques["parallelism"]
     knobs, idle = layout.knobs(), layout.idle_knobs
-    gpus = max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
+    gpus = recipe.world_size
     words = [f"{name}{knobs[name]}" for name in DEGREES if knobs.get(name, 1) > 1] or ["one"]
     if gpus > 1:
         words += [f"zero{knobs['zero']}"] if "zero" not in idle else []
@@ -166,6 +166,8 @@ def main() -> int:
             "runs": int(np.isfinite(errors).sum()), "median": round(float(np.median(errors)), 4),
             "worst": round(float(errors.max()), 4), f"within_{limit:.0%}": round(float((errors <= limit).mean()), 4),
         }  # fmt: skip
+    alone = [abs(r.error("time")) for r in rows if r.group.endswith("on 1")]
+    out["alone"] = {"runs": len(alone), "median": round(float(np.median(alone)), 4)} if alone else None
     links = [r.bus_byte_per_s for r in rows if r.bus_byte_per_s]
     out["bus_byte_per_s"] = float(np.median(links)) if links else None
     print(json.dumps(out))

@@ -59,6 +59,13 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
             f"{ends['feasible_out_of_memory']} ran out of memory; of refused ones that were tried all the same"
             f"{cut} {ends['refused_ran']} ran and {ends['refused_out_of_memory']} ran out of memory."
         )
+        if found := random["repeats"]:
+            alone = json.loads(split[-1].read_text())["alone"]["median"]
+            outcomes.append(
+                f"The same recipe timed twice on a busy {device} host: half of {found['pairs']} pairs within "
+                f"{found['median']:.0%}, a tenth over {found['p90']:.0%} apart. The layouts' runs on one GPU, alone there, are "
+                f"planned within {alone:.1%} in the median."
+            )
     for path, gpus in zip(split, ("two H100", "two and four H200"), strict=True):
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
             found = json.loads(path.read_text())[name]

@@ -62,15 +62,23 @@ def by_hydra(overrides: tuple[str, ...], plugins: tuple[str, ...] = ()) -> tuple
 _kept_options = lru_cache(maxsize=64)(by_hydra)  # of Dyno's own options, whose files stay as they are
 
 
-def with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str, Any]]:
-    """`by_hydra` of the options alone, kept from before if they were the same, and then the values put in: recipes of a
-    study differ in little else. (None, {}) where an override is more than that, or wrong, for Hydra to take or to refuse.
+def configured(
+    overrides: list[str], parsed: list[Any], known: Container[str], plugins: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """`by_hydra`, or what it would give: `parsed` are the overrides again, `known` the names of groups."""
+    found = None if plugins else _with_values(parsed, known)
+    return found or by_hydra(tuple(overrides), tuple(plugins))
+
+
+def _with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str, Any]] | None:
+    """Options alone, kept from before if they were the same, and then the values put in: recipes of a study differ in
+    little else. None where an override is more than that, or wrong, for Hydra to take or to refuse.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if any(o.package is not None or o.is_add() or o.is_force_add() for o in parsed):
-        return None, {}
+        return None
     options = tuple(o.input_line for o in parsed if o.key_or_group in known)
     cfg, chosen = _kept_options(options)
     cfg = copy.deepcopy(cfg)
@@ -79,5 +87,23 @@ def with_values(parsed: list[Any], known: Container[str]) -> tuple[Any, dict[str
             if override.key_or_group not in known:
                 OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
     except OmegaConfBaseException:
-        return None, {}
+        return None
     return cfg, chosen
+
+
+def written(group: str, option: str, plugins: list[str]) -> Any:
+    """An option file as it is written, nothing inherited or interpolated; None where there is none."""
+    for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
+        path = root / group / f"{option}.yaml"
+        if path.is_file():
+            return _kept_file(path) if root == CONF else _file(path)
+    return None
+
+
+def _file(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+_kept_file = lru_cache(maxsize=256)(_file)  # whoever asks only reads

@@ -16,12 +16,12 @@ import math
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dyno.axes import AXES, BY_NAME, SUBJECTS
-from dyno.composition import CONF, by_hydra, hydra_and_parser, parse, with_values
+from dyno.composition import CONF, configured, hydra_and_parser, parse, written
 from dyno.errors import UserError
 from dyno.model.config import BYTE_VOCABULARY, config_of
 from dyno.technique import Technique
@@ -46,6 +46,11 @@ class Recipe:
         """Names what is measured: everything but where results go."""
         kept = {k: v for k, v in self.config.items() if k not in ("results_dir", "study", "sampler")}
         return digest([kept, self.choices])[:16]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that a run needs."""
+        return max(t.world_size for chosen in self.techniques.values() for t in chosen)
 
     @property
     def writes_state(self) -> bool:
@@ -190,9 +195,7 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
 
     resolvers.register()
     try:
-        cfg, chosen = with_values(parsed, known) if not plugins else (None, {})
-        if cfg is None:
-            cfg, chosen = by_hydra(tuple(overrides), tuple(plugins))
+        cfg, chosen = configured(overrides, parsed, known, plugins)
         with_hydra = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, overrides, plugins)) from error
@@ -218,7 +221,7 @@ def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list
     _check_kind("seed", config["seed"], 0)
     config["results_dir"] = str(_present("results_dir", config["results_dir"]))
     for group in SUBJECTS:
-        _check_like(group, config[group], _written(group, choices[group], plugins))
+        _check_like(group, config[group], written(group, choices[group], plugins))
     if config["workload"]["measures"] not in MEASURES:
         raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
     if config["measure"]["exclusive"] not in EXCLUSIVE:
@@ -253,24 +256,6 @@ def _check_finite(name: str, value: Any) -> None:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         _check_finite(f"{name}.{key}".lstrip("."), item)
-
-
-def _written(group: str, option: str, plugins: list[str]) -> Any:
-    """An option file as it is written; its interpolations and inherited knobs are not checked."""
-    for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
-        path = root / group / f"{option}.yaml"
-        if path.is_file():
-            return _own_file(path) if root == CONF else _file(path)
-    return None
-
-
-def _file(path: Path) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.load(path))
-
-
-_own_file = lru_cache(maxsize=256)(_file)  # Dyno's own stay as they are; whoever asks only reads
 
 
 def _check_group(override: Any, known: dict[str, list[str]]) -> None:

@@ -85,7 +85,7 @@ def run(recipe: Recipe, *, progress: Callable[[str], None] = lambda text: None, 
     # The directory is made, and the clock started, once the device is ours: waiting for it is no part of the run.
     if verdict or takes_turns(recipe):
         return run_aside(recipe, device, plan, verdict, runs, progress)
-    with exclusive(device, world_size(recipe), progress) as held:
+    with exclusive(device, recipe.world_size, progress) as held:
         return run_aside(recipe, device, plan, verdict, runs, progress, held)
 
 
@@ -161,20 +161,16 @@ def write_resolved(aside: Path, recipe: Recipe) -> None:
         (aside / "recipe.yaml").write_text(OmegaConf.to_yaml(recipe.config))
 
 
-def world_size(recipe: Recipe) -> int:
-    return max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
-
-
 def takes_turns(recipe: Recipe) -> bool:
     """Whether the worker holds the device from its second step on only, and others may start meanwhile; alone it may."""
-    return recipe.config["measure"]["exclusive"] == "window" and world_size(recipe) == 1
+    return recipe.config["measure"]["exclusive"] == "window" and recipe.world_size == 1
 
 
 def work(
     recipe: Recipe, device: Device, aside: Path, progress: Callable[[str], None], held: Sequence[int]
 ) -> dict[str, Any]:
     """Start the worker process(es), wait, and turn whatever came of them into a result."""
-    ranks = world_size(recipe)
+    ranks = recipe.world_size
     request = {
         "recipe": recipe.to_json(),
         "device": device.kind,

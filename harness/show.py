@@ -257,22 +257,10 @@ def options(group: str | None, plugins: list[str]) -> None:
 
 def knobs(group: str, option: str, plugins: list[str]) -> dict[str, Any]:
     """The knobs of an option file, as written."""
-    from pathlib import Path
+    from dyno.composition import written
 
-    from omegaconf import OmegaConf
-
-    from dyno.composition import CONF
-
-    for root in [CONF, *[Path(p) / "conf" for p in plugins]]:
-        path = root / group / f"{option}.yaml"
-        if path.is_file():
-            node = OmegaConf.to_container(OmegaConf.load(path))
-            return (
-                {str(k): v for k, v in (node or {}).items() if k not in ("_target_", "defaults")}
-                if isinstance(node, dict)
-                else {}
-            )
-    return {}
+    node = written(group, option, plugins)
+    return {k: v for k, v in node.items() if k not in ("_target_", "defaults")} if isinstance(node, dict) else {}
 
 
 def artifacts(rows: list[dict[str, Any]]) -> None:

@@ -63,7 +63,7 @@ def reason(tmp_path, layout, *overrides, on=None):
         (Mesh(pp=2, schedule="zero_bubble"), ["compile=on", "compile.per_block=true"], "backward pass in two halves"),
         (Mesh(cp=2), ["workload.seq=126"], "workload.seq=126 cannot be split into 4 parts, twice parallelism.cp=2"),
         (Mesh(cp=2), ["attention=math"], "attention=math: the ring merges the parts of cuDNN's or PyTorch's flash kernel"),
-        (Mesh(cp=2), ["attention=sdpa", "attention.backend=efficient"], "use attention.backend=auto, flash or cudnn"),
+        (Mesh(cp=2), ["attention=sdpa", "attention.backend=efficient"], "with attention.backend=auto, flash or cudnn"),
         (Mesh(cp=4, context="ulysses"), [], "model.kv_heads=2 cannot be split over parallelism.cp=4"),
         (Mesh(cp=2, tp=2, context="ulysses"), [], "parallelism.cp=2 x parallelism.tp=2, which ulysses needs"),
         (Mesh(tp=2), ["loss=chunked"], "the head is split over ranks: use loss=full"),

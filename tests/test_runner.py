@@ -17,7 +17,7 @@ from dyno.recipe import Recipe
 
 
 def two_ranks(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "world_size", lambda _: 2)
+    monkeypatch.setattr(Recipe, "world_size", 2)
 
 
 def test_good_worker(recipe, worker):

@@ -16,7 +16,8 @@ from dyno.plan.links import Link
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
 
-# Of a data sheet's peaks, by large products and copies (one H100), by copies to the host beside a step (median of nine H200s).
+# Of a data sheet's peaks, by large products and copies (one H100), and by copies to the host beside a step (the median of nine
+# runs on three H200 hosts).
 REACHED = {"matmul": 0.75, "memory": 0.88, "host": 0.72}
 UNSTATED_LINK = Link(200e9, 5e-6)  # where the hardware states none between its devices
 UNSTATED_HOST = REACHED["host"] * 32e9  # byte/s: PCIe 4 x16

@@ -183,12 +183,12 @@ def free_copy(run: Run, block: nn.Module) -> nn.Module:
     import copy
 
     import torch
-    from torch.distributed.tensor import DTensor
 
     from dyno.model.decoder import Block
+    from dyno.stages.shards import is_dtensor
 
     assert run.model is not None
-    if not any(isinstance(p, DTensor) for p in block.parameters()):
+    if not any(map(is_dtensor, block.parameters())):
         return copy.deepcopy(block)
     with torch.device("meta"):
         free = Block(run.model.config)

@@ -26,8 +26,7 @@ class AdamW8bit(Technique):
     """
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        ranks = max(t.world_size for chosen in recipe.techniques.values() for t in chosen)
-        if ranks > 1 and recipe.writes_state:
+        if recipe.world_size > 1 and recipe.writes_state:
             return "its codes are of a rank's part, which no other layout could go on from; take optimizer=adamw"
         return None
 

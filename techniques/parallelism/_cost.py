@@ -160,9 +160,8 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         standing = (part.embedding + part.head) / layout.tp
         gathered = 0.0 if layout.zero == 3 else whole - standing
         visiting = 2.0 if layout.zero == 3 else 0.0  # two blocks are in flight
-    if sharded and (
-        layout.zero >= 2 or (layout.zero == 1 and shape.micro_batches == 1)
-    ):  # and one block's, not yet scattered
+    scattered = layout.zero >= 2 or (layout.zero == 1 and shape.micro_batches == 1)
+    if sharded and scattered:  # as they come: beside a rank's share there is one block's
         gradients = 1 / layout.shards + part.block / part.weights
     # A block's inside: 14 hidden + 4 ffn numbers a token, of which 6 hidden lie outside of the split matrices; where tokens
     # are split there, the matrices' two inputs are gathered and kept.

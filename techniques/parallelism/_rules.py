@@ -167,10 +167,9 @@ def context(layout: Mesh, shape: Shape, recipe: Recipe) -> Iterator[str]:
         yield f"workload.seq={shape.seq} cannot be split into {parts} parts, {twice}parallelism.cp={layout.cp}"
     attention = recipe.option("attention")
     if layout.context == "ring" and ring_backend(recipe) is None:
-        cure = "use attention.backend=auto, flash or cudnn" if attention == "sdpa" else "use attention=sdpa"
         yield (
-            f"attention={attention}: the ring merges the parts of cuDNN's or PyTorch's flash kernel; {cure}, "
-            "or parallelism.context=ulysses, which takes any"
+            f"attention={attention}: the ring merges the parts of cuDNN's or PyTorch's flash kernel; use attention=sdpa with "
+            "attention.backend=auto, flash or cudnn, or parallelism.context=ulysses, which takes any"
         )
     if layout.context == "ulysses":
         for name, size in (("heads", shape.heads), ("kv_heads", shape.kv_heads)):
