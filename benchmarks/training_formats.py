@@ -98,7 +98,8 @@ def check_adamw8bit() -> dict[str, Any]:
         moments = [_adamw8bit.empty_moment(count, signed, DEVICE) for signed in (True, False)]
         for i in range(5):
             rates = _adamw8bit.Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9 ** (i + 1), 1 - 0.95 ** (i + 1))
-            version(weight, torch.randn(count, device=DEVICE, generator=generator), *moments, rates)
+            grad, scale = torch.randn(count, device=DEVICE, generator=generator), torch.ones((), device=DEVICE)
+            version(weight, None, grad, *moments, scale, rates)
         kept.append((weight, moments[0].codes, moments[1].codes))
     return {
         "weight_difference": float((kept[0][0] - kept[1][0]).abs().max()),

@@ -27,18 +27,21 @@ from typing import Any
 import numpy as np
 
 OURS = ["compile=on", "attention=sdpa_cudnn"]
-MASTER = [*OURS, "precision=bf16_master", "optimizer=adamw_single_pass"]
+MASTER = [*OURS, "precision=bf16_master"]
+ONE_PASS, EIGHT_BIT = ["optimizer=adamw_single_pass"], ["optimizer=adamw8bit"]
 FUSED = ["loss=fused", "loss.rows=16384"]  # all logits of a step of 8 x 2048 in one chunk
 GRAPHS = ["compile.mode=reduce-overhead"]
 FP8 = ["precision=fp8", "precision.weights=bfloat16"]
 VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
-    "dyno bf16 single_pass": [*OURS, "precision=bf16", "optimizer=adamw_single_pass"],
-    "dyno bf16_master": MASTER,
-    "dyno bf16_master fused": [*MASTER, *FUSED],
-    "dyno bf16_master fused graphs": [*MASTER, *FUSED, *GRAPHS],
-    "dyno fp8": [*OURS, *FP8, "optimizer=adamw_single_pass"],
-    "dyno fp8 fused graphs": [*OURS, *FP8, "optimizer=adamw_single_pass", *FUSED, *GRAPHS],
+    "dyno bf16 single_pass": [*OURS, "precision=bf16", *ONE_PASS],
+    "dyno bf16_master": [*MASTER, *ONE_PASS],
+    "dyno bf16_master fused": [*MASTER, *ONE_PASS, *FUSED],
+    "dyno bf16_master fused graphs": [*MASTER, *ONE_PASS, *FUSED, *GRAPHS],
+    "dyno bf16_master 8-bit fused graphs": [*MASTER, *EIGHT_BIT, *FUSED, *GRAPHS],
+    "dyno fp8": [*OURS, *FP8, *ONE_PASS],
+    "dyno fp8 fused graphs": [*OURS, *FP8, *ONE_PASS, *FUSED, *GRAPHS],
+    "dyno fp8 8-bit fused graphs": [*OURS, *FP8, *EIGHT_BIT, *FUSED, *GRAPHS],
     "transformers compile": {"compile": True},
     "transformers compile pure": {"compile": True, "pure": True},
     "transformers liger": {"liger": True},

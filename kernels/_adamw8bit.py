@@ -2,7 +2,8 @@
 
 Moments are stored in blocks of 256 as codes of a table times the block's largest magnitude (Dettmers et al. 2021,
 arXiv:2110.02861): 2 + 2 * 4 / 256 = 2.03 bytes a parameter. The tables are dynamic: between 1e-7 and 1, with 7 decades
-that have twice as many values each, so that small numbers keep their magnitude and large ones their digits.
+that have twice as many equal cells each, so that small numbers keep their magnitude and large ones their digits. A number
+becomes the middle of its cell, the largest of a block itself.
 """
 
 from __future__ import annotations
@@ -47,14 +48,17 @@ class Rates(NamedTuple):
 @lru_cache
 def table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """The 256 values in order, and the 255 bounds between them: a number gets the code of how many bounds it passes."""
-    positive = []
+    values, cells = [], []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
-        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
-    magnitudes = torch.cat(positive)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    values = torch.cat([-magnitudes, magnitudes, ends] if signed else [magnitudes, ends]).sort().values
-    return values.float().to(device), ((values[1:] + values[:-1]) / 2).float().to(device)
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1, dtype=torch.float64) * 10.0 ** (decade - 6)
+        values.append((edges[:-1] + edges[1:]) / 2)
+        cells.append(edges[:-1])
+    positive, lower = torch.cat(values), torch.cat(cells)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    values, bounds = [zero, positive, one], [lower, one - 2**-24]
+    if signed:
+        values, bounds = [-positive.flip(0), *values], [-lower.flip(0), *bounds]
+    return torch.cat(values).float().to(device), torch.cat(bounds).float().to(device)
 
 
 def empty_moment(count: int, signed: bool, device: torch.device) -> Moment:
@@ -81,22 +85,33 @@ def quantise_into(moment: Moment, x: Tensor, signed: bool) -> None:
     moment.codes.copy_(codes.view(-1)[: x.numel()])
 
 
-def reference_step(weight: Tensor, grad: Tensor, first: Moment, second: Moment, rates: Rates) -> None:
-    """One AdamW step of flat tensors (n,), in place: the specification."""
-    g = grad.float()
+def reference_step(
+    weight: Tensor, master: Tensor | None, grad: Tensor, first: Moment, second: Moment, scale: Tensor, rates: Rates
+) -> None:
+    """One AdamW step of flat tensors (n,), in place: the specification.
+
+    The gradient counts `scale` (a scalar on the device) times. With a master, fp32, a weight of 16 bits is its rounding.
+    """
+    g = grad.float() * scale
     m = dequantise(first, True).lerp(g, 1 - rates.beta1)
     v = dequantise(second, False).lerp(g * g, 1 - rates.beta2)
     update = m / rates.correction1 / ((v / rates.correction2).sqrt() + rates.eps)
-    weight.copy_(weight.float() * (1 - rates.lr * rates.weight_decay) - rates.lr * update)
+    wide = weight.float() if master is None else master
+    wide = wide * (1 - rates.lr * rates.weight_decay) - rates.lr * update
+    if master is not None:
+        master.copy_(wide)
+    weight.copy_(wide)
     quantise_into(first, m, True)
     quantise_into(second, v, False)
 
 
-def step(weight: Tensor, grad: Tensor, first: Moment, second: Moment, rates: Rates) -> None:
-    """One AdamW step of flat contiguous tensors (n,) in place, by Triton on a GPU."""
+def step(
+    weight: Tensor, master: Tensor | None, grad: Tensor, first: Moment, second: Moment, scale: Tensor, rates: Rates
+) -> None:
+    """`reference_step` of flat contiguous tensors (n,), by Triton on a GPU."""
     if weight.is_cuda and triton_missing(weight.device) is None:
         from dyno.kernels._adamw8bit_step import triton_step
 
-        triton_step(weight, grad, first, second, rates)
+        triton_step(weight, master, grad, first, second, scale, rates)
     else:
-        reference_step(weight, grad, first, second, rates)
+        reference_step(weight, master, grad, first, second, scale, rates)

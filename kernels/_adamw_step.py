@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dyno.kernels._adamw8bit import Rates
 
-BLOCK = 2048  # numbers a program
+BLOCK = 1024  # numbers a program
 
 
 @triton.jit
@@ -39,5 +39,5 @@ def triton_step(
     """`reference_step` in one pass over contiguous tensors."""
     _step[(triton.cdiv(weight.numel(), BLOCK),)](
         weight, weight if master is None else master, grad, first, second, scale, weight.numel(), *rates,
-        HAS_MASTER=master is not None, BLOCK=BLOCK, num_warps=8,
+        HAS_MASTER=master is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

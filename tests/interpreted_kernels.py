@@ -6,21 +6,24 @@ Not collected by itself: the interpreter must be chosen before Triton is first i
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, DOCUMENTS, problem, starts_of
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
-from test_optimizers import compare_single_passes, compare_steps
+from test_optimizers import compare_steps
 from test_packing import packed_row_trains_like_its_documents
 
 from dyno.errors import UserError
 from dyno.kernels import (
+    _adamw8bit,
     _adamw8bit_step,
-    _adamw_step,
     _flash,
     _fp8,
     _fp8_cast,
     _quantized,
+    _square_sums,
     attention,
     operation,
     operations,
@@ -184,7 +187,9 @@ def test_fp8_operands(heights, dtype, rowwise):
 @pytest.mark.parametrize("block", [16, 8192])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fused_loss(shape, block, monkeypatch):
-    monkeypatch.setattr("dyno.kernels._cross_entropy.MAX_BLOCK", block if shape[2] < 100 else 256)
+    monkeypatch.setattr("dyno.kernels._cross_entropy.SHORT_ROW", 0 if block == 16 else 2**17)
+    for name in ("MAX_BLOCK", "SHORT_BLOCK"):
+        monkeypatch.setattr(f"dyno.kernels._cross_entropy.{name}", block if shape[2] < 100 else 256)
     agree(lambda h, w, t: loss.fused_loss(h, w, t, 50), shape)
 
 
@@ -201,12 +206,40 @@ def test_fused_loss_of_large_logits_and_of_no_target():
     assert not loss.hidden_gradient(loss.fused_loss, **made).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 256, 1300])
-def test_eight_bit_adamw(count):
-    compare_steps(_adamw8bit_step.triton_step, count, torch.float32, "cpu")
+def test_eight_bit_adamw(count, dtype):
+    compare_steps(_adamw8bit_step.triton_step, count, dtype, "cpu")
+
+
+@triton.jit
+def _cells(Share, Found, FINER: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(
+        Found + i,
+        _adamw8bit_step._whole(tl.maximum(_adamw8bit_step._place(tl.load(Share + i), FINER), FINER + 0.5)) - FINER,
+    )
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_eight_bit_codes_are_those_of_the_table(signed):
+    values, bounds = _adamw8bit.table(signed, torch.device("cpu"))
+    zero, size = (127 if signed else 0), 2**15
+    share = torch.cat([torch.logspace(-9, 0, size // 2), torch.linspace(0, 1, size // 2), values[values > 0]])
+    share = torch.nn.functional.pad(share, (0, 2 * size - len(share)))
+    found = torch.empty(len(share), dtype=torch.int32)
+    _cells[(1,)](share, found, 0 if signed else 1, len(share))
+    low, high = (torch.bucketize(share * (1 + slack), bounds) - zero for slack in (-2e-6, 2e-6))
+    assert bool(((found >= low) & (found <= high)).all()) and found.min() == 0 and found.max() == 255 - zero
+    assert (low == high).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 2048, 5000])
-def test_a_single_pass(count, dtype):
-    compare_single_passes(_adamw_step.triton_step, count, dtype, "cpu")
+def test_squares_of_many_tensors(dtype):
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (1, 16384, 40_000, 7)]
+    assert _square_sums.adds_up(tensors)
+    expected = sum(float(t.double().square().sum()) for t in tensors)
+    assert float(_square_sums.square_sum(tensors)) == pytest.approx(expected, rel=1e-5)
+    assert not _square_sums.adds_up([*tensors, tensors[0].double()])
+    assert not _square_sums.adds_up([tensors[2][1:]])
+    assert not _square_sums.adds_up([tensors[2].view(200, 200).t()])

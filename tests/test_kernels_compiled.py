@@ -89,16 +89,20 @@ def cross_entropy(element):
     from dyno.kernels import _cross_entropy
 
     pointers = {"Logits": element, "Targets": "i64", "Losses": "fp32"}
-    return compiled(_cross_entropy._losses_and_slopes, pointers, {"BLOCK": _cross_entropy.MAX_BLOCK}, 32, 3)
+    constants = {"TURNS": _cross_entropy.TURNS, "LANES": _cross_entropy.MAX_BLOCK // _cross_entropy.TURNS}
+    return compiled(_cross_entropy._losses_and_slopes, pointers, constants, 32, 3)
 
 
 def adamw8bit():
     from dyno.kernels import _adamw8bit_step
 
-    codes, scales = dict.fromkeys(("First", "Second"), "u8"), ("Weight", "Grad", "FirstScales", "SecondScales")
-    pointers = {**codes, **dict.fromkeys((*scales, "Signed", "SignedBounds", "Unsigned", "UnsignedBounds"), "fp32")}
-    constants = {"BLOCK": _adamw8bit_step.BLOCK, "ROWS": _adamw8bit_step.ROWS}
-    return compiled(_adamw8bit_step._step, pointers, constants, 4, 3)
+    pointers = {
+        **dict.fromkeys(("First", "Second"), "u8"),
+        **dict.fromkeys(("Weight", "Grad"), "bf16"),
+        **dict.fromkeys(("Master", "FirstScales", "SecondScales", "Signed", "Unsigned", "Scale"), "fp32"),
+    }
+    constants = {"HAS_MASTER": True, "BLOCK": _adamw8bit_step.BLOCK, "ROWS": _adamw8bit_step.ROWS}
+    return compiled(_adamw8bit_step._step, pointers, constants, 2, 3)
 
 
 def adamw():
@@ -108,7 +112,17 @@ def adamw():
         **dict.fromkeys(("Weight", "Grad"), "bf16"),
         **dict.fromkeys(("Master", "First", "Second", "Scale"), "fp32"),
     }
-    return compiled(_adamw_step._step, pointers, {"HAS_MASTER": True, "BLOCK": _adamw_step.BLOCK}, 8, 3)
+    return compiled(_adamw_step._step, pointers, {"HAS_MASTER": True, "BLOCK": _adamw_step.BLOCK}, 4, 3)
+
+
+def square_sums():
+    import triton.language as tl
+
+    from dyno.kernels import _square_sums
+
+    pointers = {"Addresses": "i64", "Counts": "i64", "Owners": "i32", "Chunks": "i32", "Sums": "fp32"}
+    constants = {"ELEMENT": tl.bfloat16, "BLOCK": _square_sums.BLOCK, "TURNS": _square_sums.TURNS}
+    return compiled(_square_sums._squares, pointers, constants, 4, 3)
 
 
 def test_sm90_code():
@@ -135,6 +149,7 @@ if __name__ == "__main__":
         "int8": linear(8),
         "adamw8bit": adamw8bit(),
         "adamw": adamw(),
+        "square_sums": square_sums(),
         "cross_entropy": cross_entropy("bf16"),
         "fp8_of_bf16": fp8_operands("bf16", "fp8e5"),
         "fp8_of_fp32": fp8_operands("fp32", "fp8e4nv"),

@@ -1,4 +1,4 @@
-"""The optimizer of `adamw_single_pass`, and the clipping that it takes part in."""
+"""Optimizers that read and write everything once, and the clipping that they take part in."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyno.kernels._adamw import clip_scale, step
-from dyno.kernels._adamw8bit import Rates
+from dyno.kernels import _adamw, _adamw8bit
+from dyno.kernels._adamw8bit import Moment, Rates, empty_moment
+from dyno.stages.shards import local
 
 
-class SinglePassAdamW(torch.optim.Optimizer):
-    """AdamW that reads and writes everything once: the gradient is scaled to the clipped norm while it is used, and a
-    parameter in 16 bits is written beside its fp32 master, which lies in the state."""
+class SinglePass(torch.optim.Optimizer):
+    """An optimizer whose step is `update` of one parameter after another.
 
-    state_of = "adamw"  # a checkpoint of either goes on under the other
+    The gradient is scaled to the clipped norm while it is used, and a parameter in 16 bits is written beside its fp32
+    master, which lies in the state. Sharded parameters step by this rank's parts; their norm is clipped before.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
-        self.scale: Tensor | None = None  # what gradients are multiplied by: of the last clip
+        self.scale = torch.ones(())  # what gradients are multiplied by: of the last clip
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """The norm of the gradients together; the next step takes them with at most `max_norm`."""
-        norm, self.scale = clip_scale([p.grad for p in parameters if p.grad is not None], max_norm)
+        norm, self.scale = _adamw.clip_scale([p.grad for p in parameters if p.grad is not None], max_norm)
         return norm
 
     def restore(self, parameter: nn.Parameter, values: dict[str, Any], master: Tensor) -> None:
         """A checkpoint's word on a parameter."""
-        masters = {} if parameter.dtype == torch.float32 else {"master": master.float()}
+        masters = {} if parameter.dtype == torch.float32 else {"master": local(master).float()}
         self.state[parameter] = {**values, **masters}
 
     @torch.no_grad()
@@ -38,15 +40,52 @@ class SinglePassAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
+                weight, state = local(p), self.state[p]
                 if not state:
                     state["step"] = 0
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in "mv")
-                    if p.dtype != torch.float32:
-                        state["master"] = p.float()
+                    state |= self.moments(weight)
+                    if weight.dtype != torch.float32:
+                        state["master"] = weight.float()
                 state["step"] += 1
-                if self.scale is None:  # nothing was clipped yet
-                    self.scale = torch.ones((), device=p.device)
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                rates = Rates.of(group, state["step"])
-                step(p, state.get("master"), p.grad.contiguous(), *moments, self.scale, rates)
+                self.scale = self.scale.to(weight.device)
+                if weight.numel():  # a rank may hold nothing of a small parameter
+                    self.update(weight, local(p.grad).contiguous(), state, Rates.of(group, state["step"]))
+
+    def moments(self, weight: Tensor) -> dict[str, Tensor]:
+        """Those of a parameter before its first step."""
+        raise NotImplementedError
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
+        """One step of a parameter, in place; `self.scale` is what the gradient counts."""
+        raise NotImplementedError
+
+
+class SinglePassAdamW(SinglePass):
+    """The optimizer of `adamw_single_pass`."""
+
+    state_of = "adamw"  # a checkpoint of either goes on under the other
+
+    def moments(self, weight: Tensor) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        _adamw.step(weight, state.get("master"), grad, *moments, self.scale, rates)
+
+
+class AdamW8bit(SinglePass):
+    """The optimizer of `adamw8bit`: moments of 2.03 bytes a parameter, in blocks of a rank's part."""
+
+    def moments(self, weight: Tensor) -> dict[str, Tensor]:
+        first, second = (empty_moment(weight.numel(), signed, weight.device) for signed in (True, False))
+        return {
+            "m_codes": first.codes,
+            "m_scales": first.scales,
+            "v_codes": second.codes,
+            "v_scales": second.scales,
+        }
+
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
+        first, second = (Moment(state[f"{name}_codes"], state[f"{name}_scales"]) for name in "mv")
+        master = state["master"].view(-1) if "master" in state else None
+        _adamw8bit.step(weight.view(-1), master, grad.view(-1), first, second, self.scale, rates)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from dyno.measure.environment import Device
     from dyno.recipe import Recipe
+    from dyno.techniques.optimizer._single_pass import SinglePass
 
 BETAS = (0.9, 0.95)  # as the plain AdamW
 WEIGHT_DECAY = 0.1
@@ -22,7 +23,8 @@ BATCH = 2**26  # elements of matrices of one shape that Muon orthogonalises toge
 class AdamW8bit(Technique):
     """AdamW with both moments in 8-bit codes, a scale for every 256: 2.03 bytes of state a parameter, not 8.
 
-    Paper: Dettmers et al. 2021, arXiv:2110.02861. The arithmetic is in fp32; on a GPU one Triton pass a parameter.
+    Paper: Dettmers et al. 2021, arXiv:2110.02861. The arithmetic is in fp32; on a GPU one pass over memory, with clipping
+    (but where ranks share the gradients' norm) and the masters of 16-bit weights in it.
     """
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
@@ -31,15 +33,12 @@ class AdamW8bit(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(optimizer_bytes=2 + 2 * 4 / 256)
+        return Footprint(optimizer_bytes=2 + 2 * 4 / 256, one_pass_step=True)
 
     def apply(self, run: Run) -> None:
-        from dyno.techniques.optimizer._adamw8bit import AdamW8bit as Optimizer
+        from dyno.techniques.optimizer._single_pass import AdamW8bit as Optimizer
 
-        def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-            return Optimizer(model.parameters(), lr, BETAS, WEIGHT_DECAY)
-
-        run.replace("optimizer", make, by=self)
+        step_in_one_pass(self, run, Optimizer)
 
 
 @dataclass
@@ -62,15 +61,21 @@ class SinglePassAdamW(Technique):
     def apply(self, run: Run) -> None:
         from dyno.techniques.optimizer._single_pass import SinglePassAdamW as Optimizer
 
-        made: list[Optimizer] = []
+        step_in_one_pass(self, run, Optimizer)
 
-        def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-            made[:] = [Optimizer(model.parameters(), lr, BETAS, WEIGHT_DECAY)]
-            return made[0]
 
-        make.keeps_masters = True  # type: ignore[attr-defined]
-        run.replace("optimizer", make, by=self)
-        run.replace("clip", lambda parameters, max_norm: made[0].clip(parameters, max_norm), by=self)
+def step_in_one_pass(technique: Technique, run: Run, kind: type[SinglePass]) -> None:
+    """The run steps by this optimizer, which keeps masters of its own, and clips on the way if the norm is one rank's."""
+    made: list[SinglePass] = []
+
+    def make(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+        made[:] = [kind(model.parameters(), lr, BETAS, WEIGHT_DECAY)]
+        return made[0]
+
+    make.keeps_masters = True  # type: ignore[attr-defined]
+    run.replace("optimizer", make, by=technique)
+    if run.ranks == 1:
+        run.replace("clip", lambda parameters, max_norm: made[0].clip(parameters, max_norm), by=technique)
 
 
 @dataclass
