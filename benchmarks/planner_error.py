@@ -6,6 +6,7 @@ Prints tables, and JSON last: predicted peak against max_memory_allocated, predi
 of all runs whose steps were steady, and by draw what was planned before the runs;
 recipes called feasible that ran out of memory, and refused ones (benchmarks/planner_recipes.py --audit) that ran, which are
 not judged otherwise: they are drawn recipes again.
+Runs that a directory's outdated.json names are left out of what judges today's plan.
 `--store` keeps the calibration for later plans on the device.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from layouts import outdated
 
 from dyno.plan import calibrate, corrections
 
@@ -130,7 +132,8 @@ def main() -> int:
     samples, left_out = [], 0
     for folder in arguments.folders:
         more, bad = calibrate.read(folder)
-        samples, left_out = samples + more, left_out + bad
+        old = outdated(Path(folder))
+        samples, left_out = samples + [s for s in more if s.id not in old], left_out + bad
     names = [s.device for s in samples]
     if not names:
         print(f"no finished training runs ({left_out} records left out)", file=sys.stderr)

@@ -43,6 +43,7 @@ def study_table(where: Path) -> list[str]:
 
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
+    "dyno bf16_master 8-bit fused graphs": "Dyno, bf16 with fp32 masters, AdamW's moments in 8 bits",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
@@ -52,19 +53,21 @@ LAST = 20  # steps whose mean loss is told
 
 def peer_table(*paths: Path) -> list[str]:
     """Our training steps beside those of transformers: same weights, batches and GPU, one after the other."""
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = [{**json.loads(line), "path": path} for path in paths for line in path.read_text().splitlines()]
     first = rows[0]
     lines = [
         "",
         f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
         f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps. Ours compile with CUDA graphs, cuDNN "
-        "attention, the fused loss and single-pass AdamW.",
+        "attention, the fused loss and AdamW in a single pass. Earlier: on other hosts, before the kernels of the loss, of the "
+        "gradients' norm and of 8-bit moments became faster.",
         "",
         "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for model, gpu in dict.fromkeys((row["model"], row["gpu"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["gpu"]) == (model, gpu)]
+    for path, model, gpu in dict.fromkeys((row["path"], row["model"], row["gpu"]) for row in rows):
+        mine = [row for row in rows if (row["path"], row["model"], row["gpu"]) == (path, model, gpu)]
+        when = ", earlier" if path.stem.endswith("_earlier") else ""
         of = {name: [row for row in mine if row["variant"] == name] for name in PEERS}
         rates = {name: fmean(row["tokens_per_s"] for row in some) for name, some in of.items() if some}
         for name, rate in rates.items():
@@ -73,8 +76,8 @@ def peer_table(*paths: Path) -> list[str]:
             peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in of[name])
             seeds = ", ".join(map(str, sorted(row["seed"] for row in of[name])))
             lines.append(
-                f"| {model}, {gpu.split()[1]} | {PEERS[name]} | {seeds} | "
-                f"{si(rate)} | {rate / rates['transformers compile']:.2f}x | "
+                f"| {model}, {gpu.split()[1]}{when} | {PEERS[name]} | {seeds} | "
+                f"{si(rate)} | {rate / rates['transformers compile']:.3f}x | "
                 f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
             )
     return lines
@@ -256,10 +259,13 @@ def meter_lines(path: Path) -> list[str]:
 
 def main() -> None:
     reference, planner = (ROOT / "results" / "reference" / name for name in ("h100", "planner"))
+    peers = [
+        reference.parent / gpu / f"training_peers{when}.jsonl" for gpu in ("h100", "h200") for when in ("", "_earlier")
+    ]
     blocks = {
         "figures": [
             *study_table(reference / "quickstart-160m"),
-            *peer_table(*(reference.parent / gpu / "training_peers.jsonl" for gpu in ("h100", "h200"))),
+            *peer_table(*[path for path in peers if path.exists()]),
             *checkpointing_table(*(reference.parent / gpu / "checkpointing" for gpu in ("h100", "h200"))),
             *largest_table(*(reference.parent / gpu / "largest_model.jsonl" for gpu in ("h100", "h200"))),
             *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
