@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py --seconds 100
     python benchmarks/checkpointing.py --model nano --batch 4 --seq 128 --only none uniform
-    python benchmarks/checkpointing.py --workers 2          # while one is timed another compiles; both must fit
+    python benchmarks/checkpointing.py --workers 2          # both compile, one is timed at a time; both must fit
 
 Each variant is an ordinary run in a process of its own with a short window. Prints one JSON line a variant, as it ends;
 what the time does not reach is told.

@@ -4,8 +4,8 @@
     python benchmarks/planner_recipes.py --seconds 500 --out results/planner --workers 5
     python benchmarks/planner_recipes.py --seconds 300 --out results/audit --audit 0.97 --workers 5   # just past the limit
 
-Several workers start and compile side by side and measure in turn (measure.exclusive=window): memory is exact, and a
-step is timed while others may start. They are let in while the predicted peaks of all fit into the device; a recipe
+Several workers start and compile side by side and measure in turn (measure.exclusive=window): memory is exact, and
+while a step is timed the others stand still. They are let in while the predicted peaks of all fit into the device; a recipe
 that runs out of memory beside others is run again alone, but under an audit.
 
 Recipe number i is a function of the seed and i alone, so any prefix is a fair sample and a second call goes on where the

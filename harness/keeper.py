@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 PARENT = "DYNO_PARENT_PID"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+STOP, CONTINUE = b"s", b"c"  # what the runner says of all processes of the run
 PATIENCE_S = 10.0  # for the kernel to let go of what was killed; another user's process never goes
 
 
@@ -52,7 +53,7 @@ def keep(start: Callable[[Rank], int]) -> Rank | None:
         None in the keeper, once all is over; its Rank in a process that `start` forked.
     """
     link = socket.socket(fileno=0)
-    request = link.makefile("rb").readline()
+    request, words = read_request(link)
     if not request:  # the runner is gone already
         return None
     asked = json.loads(request)
@@ -83,6 +84,7 @@ def keep(start: Callable[[Rank], int]) -> Rank | None:
                 return rank
             ranks[pid] = number
         os.dup2(2, 1)  # ours is no longer a writer of what rank 0 says
+        _obey(words)
         report["first"] = _wait(link, bell, ranks, codes)
     except OSError as error:
         report["error"] = [error.errno, error.strerror, error.filename]
@@ -92,6 +94,28 @@ def keep(start: Callable[[Rank], int]) -> Rank | None:
     return None
 
 
+def read_request(link: socket.socket) -> tuple[bytes, bytes]:
+    """The runner's first line, empty if it is gone, and the words that it may have said after that."""
+    data = b""
+    while b"\n" not in data:
+        more = link.recv(65536)
+        if not more:
+            return b"", b""
+        data += more
+    request, _, words = data.partition(b"\n")
+    return request, words
+
+
+def _obey(words: bytes) -> None:
+    """Stop all processes of the run, or have them go on, whichever was said last."""
+    if words:
+        number = signal.SIGSTOP if words[-1:] == STOP else signal.SIGCONT
+        for _ in range(2):  # one may have been born while we looked
+            for pid in descendants(os.getpid()):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+
+
 def _wait(link: socket.socket, bell: socket.socket, ranks: dict[int, int], codes: list[int | None]) -> int | None:
     """Sleep until every rank has ended, one has failed (which it returns), or the runner wants the end."""
     while _collect(ranks, codes) and None in codes:
@@ -99,8 +123,12 @@ def _wait(link: socket.socket, bell: socket.socket, ranks: dict[int, int], codes
             break
         ready, _, _ = select.select([link, bell], [], [])
         if link in ready:
-            return None
-        bell.recv(4096)
+            words = link.recv(4096)
+            if not words:
+                return None
+            _obey(words)
+        if bell in ready:
+            bell.recv(4096)
     return next((number for number, code in enumerate(codes) if code), None)
 
 
@@ -135,15 +163,28 @@ def _kill(bell: socket.socket, ranks: dict[int, int], codes: list[int | None]) -
             bell.recv(4096)
 
 
-def children(parent: int) -> list[int]:
-    """The pids of a process's children, from /proc."""
-    found = []
+def parents() -> dict[int, int]:
+    """The parent of every process, from /proc."""
+    found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-                if int(file.read().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(name))
+                found[int(name)] = int(file.read().rpartition(")")[2].split()[1])
     return found
+
+
+def children(parent: int) -> list[int]:
+    """The pids of a process's children."""
+    return [pid for pid, its in parents().items() if its == parent]
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The pids of a process's children and theirs, parents first."""
+    every = parents()
+    found = [ancestor]
+    for one in found:
+        found += [pid for pid, its in every.items() if its == one]
+    return found[1:]
 
 
 def spawn(rank: Rank) -> int:

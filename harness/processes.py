@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import select
 import signal
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from dyno.forkserver import ForkServer
-from dyno.keeper import PARENT, PR_SET_PDEATHSIG, prctl
+from dyno.keeper import CONTINUE, PARENT, PR_SET_PDEATHSIG, STOP, prctl
+from dyno.turns import STILL_S
 
 KEEPER = [sys.executable, "-IS", str(Path(__file__).with_name("keeper.py"))]
 PROGRESS_BYTES = 65536
+LOOK_S = 0.05  # between looks whether to stand still
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -46,12 +49,15 @@ def die_with_parent(parent: int | None = None) -> None:
 class Outcome:
     """How a group of processes ended: return codes by rank, the rank that failed first, and whether the limit struck.
 
+    `stood_s` seconds it stood still, which the limit does not count.
+
     A rank that was killed because another one failed has a code too, so only `first` tells who began.
     """
 
     codes: list[int | None] = field(default_factory=list)
     first: int | None = None
     timed_out: bool = False
+    stood_s: float = 0.0
 
 
 class Keeper:
@@ -98,6 +104,7 @@ def run_group(
     *,
     server: ForkServer | None = None,
     held: Sequence[int] = (),
+    stands: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Run one process a rank until all end, one fails, or the limit strikes; then nothing of them is left alive.
 
@@ -107,11 +114,12 @@ def run_group(
         environment: the whole of it; a rank finds RANK, LOCAL_RANK and WORLD_SIZE as well.
         server: forks the ranks where it can, of a `command` that is python -m MODULE; otherwise they are spawned.
         held: descriptors of locked files that stay locked until the run has no process, even if this one is killed.
+        stands: asked often whether the processes are to stand still for now, which stops the clock of the limit too.
 
     Raises:
         OSError: a process could not be started.
     """
-    deadline = time.monotonic() + time_limit_s
+    deadline, stand = time.monotonic() + time_limit_s, Stand(stands, progress)
     with log.open("ab", buffering=0) as sink:
         fcntl.flock(sink, fcntl.LOCK_EX)
         files = [sink.fileno(), *held]
@@ -121,7 +129,7 @@ def run_group(
         try:
             request = {"command": command, "ranks": ranks, "environment": environment}
             keeper.link.sendall(json.dumps(request).encode() + b"\n")
-            timed_out = _wait(keeper, deadline, progress, sink)
+            timed_out = _wait(keeper, deadline, progress, sink, stand)
         finally:
             report = keeper.end()
             keeper.close()
@@ -129,7 +137,7 @@ def run_group(
     ends: dict[str, Any] = json.loads(report) if report else {"codes": [-signal.SIGKILL] * ranks, "first": 0}
     if "error" in ends:
         raise OSError(*ends["error"])
-    return Outcome(ends["codes"], ends["first"], timed_out)
+    return Outcome(ends["codes"], ends["first"], timed_out, stand.seconds)
 
 
 def _begin(server: ForkServer | None, environment: dict[str, str], files: list[int], patience_s: float) -> Keeper:
@@ -146,7 +154,40 @@ def _begin(server: ForkServer | None, environment: dict[str, str], files: list[i
     return Keeper(start)
 
 
-def _wait(keeper: Keeper, deadline: float, progress: Callable[[str], None], sink: IO[bytes]) -> bool:
+class Stand:
+    """Keeps a run's processes still while `asked` says so, by words to their keeper."""
+
+    def __init__(self, asked: Callable[[], bool] | None, progress: Callable[[str], None]):
+        self.asked, self.progress = asked, progress
+        self.seconds = 0.0  # in all
+        self._since: float | None = None  # when they stopped
+        self._looked = 0.0
+
+    def look(self, keeper: Keeper) -> float:
+        """Stop them or let them go on; the seconds until the next look."""
+        if self.asked is None:
+            return math.inf
+        now, asked = time.monotonic(), self.asked()
+        if self._since is not None:
+            self.seconds += now - self._looked
+        self._looked = now
+        if asked and self._since is None:
+            self._since = now
+            self._say(keeper, STOP)
+            self.progress("stands still: another run measures")
+        elif self._since is not None and (not asked or now - self._since > STILL_S):
+            self._say(keeper, CONTINUE)
+            self._since = None
+            if asked:  # it waits for us, perhaps: never again
+                self.asked = None
+        return LOOK_S
+
+    def _say(self, keeper: Keeper, word: bytes) -> None:
+        with contextlib.suppress(OSError):  # the keeper may have ended
+            keeper.link.send(word)
+
+
+def _wait(keeper: Keeper, deadline: float, progress: Callable[[str], None], sink: IO[bytes], stand: Stand) -> bool:
     """Sleep until the keeper reports, handing on what rank 0 says; whether the deadline came first."""
     os.set_blocking(keeper.said.fileno(), False)
     poller = select.poll()
@@ -154,8 +195,8 @@ def _wait(keeper: Keeper, deadline: float, progress: Callable[[str], None], sink
         poller.register(end.fileno(), select.POLLIN)
     rest = b""
     try:
-        while (left := deadline - time.monotonic()) > 0:
-            for handle, event in poller.poll(min(left, 3600.0) * 1000):
+        while (left := deadline + stand.seconds - time.monotonic()) > 0:
+            for handle, event in poller.poll(min(left, stand.look(keeper), 3600.0) * 1000):
                 if handle == keeper.link.fileno():
                     return False
                 rest = _relay(keeper.said, rest, progress, sink)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -13,10 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyno import processes, record
+from dyno import processes, record, turns
 from dyno.errors import STATUSES, UserError
 from dyno.forkserver import ForkServer
 from dyno.home import home
@@ -46,14 +46,10 @@ def exclusive(device: Device, ranks: int, progress: Callable[[str], None]) -> It
     Yields descriptors of the locked files. Every run takes them in one order, so that no two wait for each other.
     """
     with contextlib.ExitStack() as stack:
-        locks = []
-        for path, name in lock_files(device, ranks).items():
-            locks.append(stack.enter_context(path.open("w")))
-            try:
-                fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                progress(f"waiting: another run measures on {name}")
-                fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        locks = [
+            stack.enter_context(turns.take(path, waits=partial(progress, f"waiting: another run measures on {name}")))
+            for path, name in lock_files(device, ranks).items()
+        ]
         yield [lock.fileno() for lock in locks]
 
 
@@ -171,12 +167,13 @@ def work(
 ) -> dict[str, Any]:
     """Start the worker process(es), wait, and turn whatever came of them into a result."""
     ranks = recipe.world_size
+    locks = [str(path) for path in lock_files(device, ranks)] if takes_turns(recipe) else None
     request = {
         "recipe": recipe.to_json(),
         "device": device.kind,
         "index": device.index,
         "ranks": ranks,
-        "turns": [str(path) for path in lock_files(device, ranks)] if takes_turns(recipe) else None,
+        "turns": locks,
         "born": time.time(),
     }
     (aside / REQUEST).write_text(json.dumps(request))
@@ -197,8 +194,21 @@ def work(
         progress,
         server=SERVERS[device.kind] if next(_earlier_runs) else None,
         held=held,
+        stands=partial(turns.held_by_another, [Path(path) for path in locks], aside.name) if locks else None,
     )
-    return judge(aside, outcome, limit)
+    return with_stands(judge(aside, outcome, limit), outcome.stood_s)
+
+
+def with_stands(result: dict[str, Any], stood_s: float) -> dict[str, Any]:
+    """The result of a run that stood still so long, somewhere before its own turn: what its start took is not known."""
+    metrics = result.get("metrics", {})
+    if stood_s:
+        result["details"] = result.get("details", {}) | {"stood_still_s": round(stood_s, 3)}
+        for name in ("startup_s", "compile_time_s"):
+            if name in metrics:
+                metrics[name] = {"value": None, "unit": "s", "count": 0,
+                                 "reason": f"stood still for {stood_s:.1f} s while other runs measured"}  # fmt: skip
+    return result
 
 
 def judge(aside: Path, outcome: processes.Outcome, limit_s: float) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def execute(request: dict[str, Any], directory: Path, rank: int, ranks: int) -> 
 
     bench.mark("imports")
     progress(f"worker: {torch.__version__} on {device}")
-    with Meter(device, config["measure"], config["hardware"], directory, turns=request["turns"]) as meter:
+    with Meter(device, config["measure"], config["hardware"], directory, locks=request["turns"]) as meter:
         bench.mark("meters")
         pipeline = Pipeline(recipe, device, directory, meter=meter, rank=rank, ranks=ranks, progress=progress)
         stage = STAGES[config["workload"]["measures"]]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from dyno import record, runner
+from dyno import processes, record, runner, turns
 from dyno.measure import environment
 
 
@@ -53,6 +58,119 @@ def test_runs_that_share_the_device_until_they_measure(recipe, worker):
     for thread in runs:
         thread.join()
     assert [r["status"] for r in record.read_records(recipe.config["results_dir"])] == ["ok", "ok"]
+
+
+STILL = """
+    import fcntl
+    places = [Path(path) for path in json.loads((directory / "request.json").read_text())["turns"]]
+    shared = directory.parent.parent
+
+    def beats():
+        return sorted(path.read_text() for path in shared.glob("beat-*"))
+
+    try:
+        (shared / "first").touch(exist_ok=False)
+        measures = True
+    except FileExistsError:
+        measures = False
+    def beat(name, count=0):
+        while not (shared / "over").exists():
+            count += 1
+            (shared / f"beat-{name}.new").write_text(f"{name} {count}")
+            (shared / f"beat-{name}.new").rename(shared / f"beat-{name}")
+            time.sleep(0.005)
+    if measures:
+        while len(beats()) < 2:
+            time.sleep(0.01)
+        with open(places[0], "a") as lock:  # as dyno.turns.take
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.truncate(0)
+            lock.write(OWNER)
+            lock.flush()
+            time.sleep(1.0)
+            before = beats()
+            time.sleep(0.4)
+            (shared / "seen").write_text(json.dumps([before, beats()]))
+        while beats() == before:  # never, if they were not let go
+            time.sleep(0.01)
+        (shared / "over").touch()
+    elif os.fork():
+        beat("worker")
+    else:  # in a session of its own, as compilers start theirs
+        os.setsid()
+        beat("child")
+        os._exit(0)
+    done()
+"""
+
+
+@pytest.mark.parametrize("owner", ["directory.name", '""'], ids=["a turn", "a whole run"])
+def test_others_stand_still_in_a_run_s_turn(recipe, worker, owner):
+    """And what they start; not in a run that has the device from its start on, and may wait for something of theirs."""
+    worker(STILL.replace("OWNER", owner))
+    recipe.config["measure"]["exclusive"] = "window"
+    told: list[str] = []
+    runs = [threading.Thread(target=runner.run, args=(recipe,), kwargs={"progress": told.append}) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    place = Path(recipe.config["results_dir"])
+    found = record.read_records(place)
+    assert [r["status"] for r in found] == ["ok", "ok"]
+    before, after = json.loads((place / "seen").read_text())
+    stood = sorted(r["details"].get("stood_still_s", 0.0) for r in found)
+    assert (before == after) == (owner != '""') and len(before) == 2
+    assert stood[0] == 0 and (0.5 < stood[1] < 20 if before == after else stood[1] == 0)
+    assert ("stands still: another run measures" in told) == (before == after)
+
+
+def test_a_limit_does_not_count_the_time_that_a_run_stood_still(tmp_path):
+    asked = iter([True] * 30)
+    code = "import time; [time.sleep(0.01) for _ in range(50)]"
+    before = time.monotonic()
+    out = processes.run_group(
+        [sys.executable, "-c", code], 1, dict(os.environ), tmp_path / "log", 1.2, lambda text: None,
+        stands=lambda: next(asked, False),
+    )  # fmt: skip
+    assert not out.timed_out and out.codes == [0] and out.stood_s > 1 and time.monotonic() - before > 1.5
+
+
+def test_a_run_stands_still_for_so_long_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "STILL_S", 0.3)
+    out = processes.run_group(
+        [sys.executable, "-c", "import time; time.sleep(0.3)"], 1, dict(os.environ), tmp_path / "log", 30, lambda text: None,
+        stands=lambda: True,
+    )  # fmt: skip
+    assert out.codes == [0] and 0.3 <= out.stood_s < 5
+
+
+def test_a_run_that_stands_still_is_ended_like_any_other(tmp_path):
+    """Signals but SIGKILL wait in a stopped process."""
+    monitor = processes.Stand(lambda: True, lambda text: None)
+    command = {
+        "command": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "ranks": 1,
+        "environment": dict(os.environ),
+    }
+    with (tmp_path / "log").open("ab") as sink:
+        keeper = processes._begin(None, dict(os.environ), [sink.fileno()], 10)
+        keeper.link.sendall(json.dumps(command).encode() + b"\n")
+        monitor.look(keeper)
+        time.sleep(0.5)
+        ends = json.loads(keeper.end())
+        keeper.close()
+    assert ends["codes"] == [-signal.SIGKILL]
+
+
+def test_the_lock_of_one_who_died_is_nobody_s(tmp_path):
+    path = tmp_path / "gpu.lock"
+    assert not turns.held_by_another([path], "me")
+    with turns.take(path, "you"):
+        assert turns.held_by_another([path], "me") and not turns.held_by_another([path], "you")
+    assert path.read_text() == "you" and not turns.held_by_another([path], "me")
+    with turns.take(path):
+        assert not turns.held_by_another([path], "me")
 
 
 class Gpu:

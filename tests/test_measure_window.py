@@ -266,7 +266,7 @@ def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):
     lock, order = str(tmp_path / "cpu.lock"), []
 
     def second() -> None:
-        with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, turns=[lock]) as meter:
+        with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, locks=[lock]) as meter:
             started.set()
             with meter.window("w") as w:
                 order.append("second")
@@ -274,7 +274,7 @@ def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):
                     pass
 
     started = threading.Event()
-    with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, turns=[lock]) as meter:
+    with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, locks=[lock]) as meter:
         meter.take_turn()
         thread = threading.Thread(target=second)
         thread.start()

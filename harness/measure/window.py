@@ -13,7 +13,6 @@ host's clock (CPU). Counters, memory and validity are read before the first and 
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import time
@@ -26,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from dyno import turns
 from dyno.errors import UserError
 from dyno.measure import energy as energy_rules
 from dyno.measure import probe, validity
@@ -55,7 +55,8 @@ class Meter:
         device: the torch device. measure: a `conf/measure` option. hardware: a `conf/hardware` option.
         run_dir: where the sampler writes its log.
         power: stands in for NVML in tests and where another library reads the device; no sampler starts for it.
-        turns: files to lock before anything is measured, where other runs may be starting on the device by intent.
+        locks: files to lock before anything is measured, where other runs may be starting on the device by intent; they
+            stand still while this one has them.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Meter:
         hardware: Mapping[str, Any],
         run_dir: Path,
         power: PowerSource | None = None,
-        turns: Sequence[str] | None = None,
+        locks: Sequence[str] | None = None,
     ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         self.device, self.measure, self.run_dir = device, measure, run_dir
@@ -79,8 +80,8 @@ class Meter:
         self.codecarbon_reason = "measure.codecarbon is off"
         self.windows: list[Window] = []
         self._flags: list[dict[str, str]] = []
-        self.alone = turns is None
-        self._turns, self._locks = list(turns or ()), ExitStack()
+        self.alone = locks is None
+        self._turns, self._locks = list(locks or ()), ExitStack()
         self._ceilings: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -120,9 +121,7 @@ class Meter:
     def take_turn(self) -> None:
         """Wait until no other run measures on the device, and keep it until the meter is left; done once."""
         while self._turns:
-            lock = Path(self._turns.pop(0)).open("w")  # noqa: SIM115 the exit closes it
-            self._locks.enter_context(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._locks.enter_context(turns.take(Path(self._turns.pop(0)), self.run_dir.name))
 
     def window(self, name: str) -> Window:
         """A new measured region; enter it with `with`."""
