@@ -110,10 +110,12 @@ def _obey(words: bytes) -> None:
     """Stop all processes of the run, or have them go on, whichever was said last."""
     if words:
         number = signal.SIGSTOP if words[-1:] == STOP else signal.SIGCONT
-        for _ in range(2):  # one may have been born while we looked
-            for pid in descendants(os.getpid()):
+        told: set[int] = set()
+        while new := set(descendants(os.getpid())) - told:  # some may have been born while we looked
+            for pid in new:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
+            told |= new
 
 
 def _wait(link: socket.socket, bell: socket.socket, ranks: dict[int, int], codes: list[int | None]) -> int | None:

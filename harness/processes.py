@@ -104,7 +104,7 @@ def run_group(
     *,
     server: ForkServer | None = None,
     held: Sequence[int] = (),
-    stands: Callable[[], bool] | None = None,
+    stands: Callable[[], str] | None = None,
 ) -> Outcome:
     """Run one process a rank until all end, one fails, or the limit strikes; then nothing of them is left alive.
 
@@ -114,7 +114,7 @@ def run_group(
         environment: the whole of it; a rank finds RANK, LOCAL_RANK and WORLD_SIZE as well.
         server: forks the ranks where it can, of a `command` that is python -m MODULE; otherwise they are spawned.
         held: descriptors of locked files that stay locked until the run has no process, even if this one is killed.
-        stands: asked often whether the processes are to stand still for now, which stops the clock of the limit too.
+        stands: asked often who wants the processes to stand still, "" for nobody; the limit's clock stands still too.
 
     Raises:
         OSError: a process could not be started.
@@ -155,36 +155,38 @@ def _begin(server: ForkServer | None, environment: dict[str, str], files: list[i
 
 
 class Stand:
-    """Keeps a run's processes still while `asked` says so, by words to their keeper."""
+    """Keeps a run's processes still, by words to their keeper, while `asked` names somebody who wants it."""
 
-    def __init__(self, asked: Callable[[], bool] | None, progress: Callable[[str], None]):
+    def __init__(self, asked: Callable[[], str] | None, progress: Callable[[str], None]):
         self.asked, self.progress = asked, progress
         self.seconds = 0.0  # in all
         self._since: float | None = None  # when they stopped
         self._looked = 0.0
+        self._last = self._given_up = ""
 
     def look(self, keeper: Keeper) -> float:
-        """Stop them or let them go on; the seconds until the next look."""
+        """Stop them or let them go on; the seconds until the next look.
+
+        Two looks in a row have to find the same name: of one who was killed it stands there until the next has written its own.
+        """
         if self.asked is None:
             return math.inf
-        now, asked = time.monotonic(), self.asked()
+        now, name = time.monotonic(), self.asked()
         if self._since is not None:
             self.seconds += now - self._looked
-        self._looked = now
-        if asked and self._since is None:
-            self._since = now
-            self._say(keeper, STOP)
-            self.progress("stands still: another run measures")
-        elif self._since is not None and (not asked or now - self._since > STILL_S):
-            self._say(keeper, CONTINUE)
-            self._since = None
-            if asked:  # it waits for us, perhaps: never again
-                self.asked = None
+            if now - self._since > STILL_S:
+                self._given_up = name
+        if name != self._given_up:
+            self._given_up = ""
+        still = name != "" and name == self._last and not self._given_up
+        self._looked, self._last = now, name
+        if still != (self._since is not None):
+            self._since = now if still else None
+            if still:
+                self.progress("stands still: another run measures")
+            with contextlib.suppress(OSError):  # the keeper may have ended
+                keeper.link.send(STOP if still else CONTINUE)
         return LOOK_S
-
-    def _say(self, keeper: Keeper, word: bytes) -> None:
-        with contextlib.suppress(OSError):  # the keeper may have ended
-            keeper.link.send(word)
 
 
 def _wait(keeper: Keeper, deadline: float, progress: Callable[[str], None], sink: IO[bytes], stand: Stand) -> bool:

@@ -46,10 +46,10 @@ def exclusive(device: Device, ranks: int, progress: Callable[[str], None]) -> It
     Yields descriptors of the locked files. Every run takes them in one order, so that no two wait for each other.
     """
     with contextlib.ExitStack() as stack:
-        locks = [
-            stack.enter_context(turns.take(path, waits=partial(progress, f"waiting: another run measures on {name}")))
-            for path, name in lock_files(device, ranks).items()
-        ]
+        locks = []
+        for path, name in lock_files(device, ranks).items():
+            told = partial(progress, f"waiting: another run measures on {name}")
+            locks.append(stack.enter_context(turns.take(path, waits=told)))
         yield [lock.fileno() for lock in locks]
 
 
@@ -194,13 +194,13 @@ def work(
         progress,
         server=SERVERS[device.kind] if next(_earlier_runs) else None,
         held=held,
-        stands=partial(turns.held_by_another, [Path(path) for path in locks], aside.name) if locks else None,
+        stands=turns.Watch([Path(path) for path in locks], aside.name).other if locks else None,
     )
     return with_stands(judge(aside, outcome, limit), outcome.stood_s)
 
 
 def with_stands(result: dict[str, Any], stood_s: float) -> dict[str, Any]:
-    """The result of a run that stood still so long, somewhere before its own turn: what its start took is not known."""
+    """The result of a run that stood still so long before its own turn: what its start took is not known."""
     metrics = result.get("metrics", {})
     if stood_s:
         result["details"] = result.get("details", {}) | {"stood_still_s": round(stood_s, 3)}

@@ -2,49 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-STILL_S = 300.0  # the longest that a run stands still in one go: it may hold what the one that measures waits for
+STILL_S = 300.0  # the longest that a run stands still for another: it may have what that one waits for
 
 
-def take(path: Path, owner: str = "", waits: Callable[[], None] = lambda: None) -> IO[str]:
-    """Wait for the lock and take it, as `owner`; it is free when the file is closed. `waits` is called if somebody has it.
+@contextlib.contextmanager
+def take(path: Path, owner: str = "", waits: Callable[[], None] = lambda: None) -> Iterator[IO[str]]:
+    """Hold the lock, as `owner`, once it is free; yields its file. `waits` is called if somebody else has it.
 
-    With an owner others stand still (`held_by_another`): only who has all else that it needs may ask for that.
+    With an owner others stand still (`Watch`): only who has all else that it needs may ask for that.
     """
-    lock = path.open("a")  # not "w": whoever has the lock is named there
-    try:
+    with path.open("a") as lock:  # not "w": whoever has the lock is named there
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             waits()
             fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(owner)
-        lock.flush()
-    except BaseException:
-        lock.close()
-        raise
-    return lock
+        try:
+            lock.truncate(0)
+            lock.write(owner)
+            lock.flush()
+            yield lock
+        finally:
+            lock.truncate(0)  # or the next one would go by this name until it has written its own
 
 
-def held_by_another(paths: Sequence[Path], me: str) -> bool:
-    """Whether one of the locks is another owner's. A lock whose holder died is free, whatever stands in it."""
-    return any(owner not in ("", me) for owner in map(_owner, paths))
+class Watch:
+    """Whose turn it is, asked again and again for a run: it has no reason to stand still once it has had its own."""
+
+    def __init__(self, paths: Sequence[Path], me: str):
+        self.paths, self.me, self.over = paths, me, False
+
+    def other(self) -> str:
+        """The owner of the first lock that is another's, "" where none is."""
+        owners = [] if self.over else [owner_of(path) for path in self.paths]
+        self.over = self.over or self.me in owners
+        return next((owner for owner in owners if owner and not self.over), "")
 
 
-def _owner(path: Path) -> str:
+def owner_of(path: Path) -> str:
+    """Who holds the lock; "" if nobody does, whatever one who was killed has left there, or if it gave no name."""
     try:
         file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:  # nobody has taken it yet
         return ""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return os.read(file, 4096).decode(errors="replace")
     else:
         return ""

@@ -3,7 +3,7 @@
 Moments are stored in blocks of 256 as codes of a table times the block's largest magnitude (Dettmers et al. 2021,
 arXiv:2110.02861): 2 + 2 * 4 / 256 = 2.03 bytes a parameter. The tables are dynamic: between 1e-7 and 1, with 7 decades
 that have twice as many equal cells each, so that small numbers keep their magnitude and large ones their digits. A number
-becomes the middle of its cell, the largest of a block itself.
+becomes the middle of its cell, the largest of a block itself if it is positive.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, DOCUMENTS, problem, starts_of
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
-from test_optimizers import compare_steps
+from test_optimizers import compare_single_passes, compare_steps
 from test_packing import packed_row_trains_like_its_documents
 
 from dyno.errors import UserError
 from dyno.kernels import (
     _adamw8bit,
     _adamw8bit_step,
+    _adamw_step,
     _flash,
     _fp8,
     _fp8_cast,
@@ -210,6 +211,12 @@ def test_fused_loss_of_large_logits_and_of_no_target():
 @pytest.mark.parametrize("count", [1, 256, 1300])
 def test_eight_bit_adamw(count, dtype):
     compare_steps(_adamw8bit_step.triton_step, count, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 1024, 5000])
+def test_a_single_pass(count, dtype):
+    compare_single_passes(_adamw_step.triton_step, count, dtype, "cpu")
 
 
 @triton.jit

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 OPTIMIZERS: dict[str, tuple[int, list[str]]] = {
     "master": (1, ["precision=bf16_master"]),
     "master_single_pass": (1, ["precision=bf16_master", "optimizer=adamw_single_pass"]),
+    "single_pass": (1, ["optimizer=adamw_single_pass"]),
+    "adamw8bit_master": (1, ["optimizer=adamw8bit", "precision=bf16_master"]),
     "stochastic": (1, ["precision=bf16_stochastic"]),
     "muon": (1, ["optimizer=muon"]),
     "muon_master": (1, ["optimizer=muon", "precision=bf16_master"]),
@@ -151,7 +153,8 @@ def test_a_state_goes_on_under_its_own_update_rule_alone(directory, tmp_path):
         checkpoint.load(trainer, directory / where / f"step-{BEFORE:07d}")
         return losses(trainer, AFTER)
 
-    assert resumed("one", "adamw_single_pass") == pytest.approx(resumed("one", "adamw"), abs=1e-4)
+    for written in ("one", "single_pass"):
+        assert resumed(written, "adamw_single_pass") == pytest.approx(resumed(written, "adamw"), abs=1e-4)
     for where, option, written in (("one", "adamw8bit", "adamw"), ("one", "muon", "adamw"), ("muon", "adamw", "muon")):
         with pytest.raises(UserError, match=f"has the state of optimizer={written}, and this run steps by {option}"):
             resumed(where, option)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from runner_bench import await_that
 
 from dyno import processes, record, runner, turns
+from dyno.keeper import children
 from dyno.measure import environment
 
 
@@ -76,8 +79,8 @@ STILL = """
     def beat(name, count=0):
         while not (shared / "over").exists():
             count += 1
-            (shared / f"beat-{name}.new").write_text(f"{name} {count}")
-            (shared / f"beat-{name}.new").rename(shared / f"beat-{name}")
+            (shared / f"new-{name}").write_text(f"{name} {count}")
+            (shared / f"new-{name}").rename(shared / f"beat-{name}")
             time.sleep(0.005)
     if measures:
         while len(beats()) < 2:
@@ -126,28 +129,41 @@ def test_others_stand_still_in_a_run_s_turn(recipe, worker, owner):
 
 
 def test_a_limit_does_not_count_the_time_that_a_run_stood_still(tmp_path):
-    asked = iter([True] * 30)
+    asked = iter(["another"] * 80)
     code = "import time; [time.sleep(0.01) for _ in range(50)]"
-    before = time.monotonic()
     out = processes.run_group(
-        [sys.executable, "-c", code], 1, dict(os.environ), tmp_path / "log", 1.2, lambda text: None,
-        stands=lambda: next(asked, False),
+        [sys.executable, "-c", code], 1, dict(os.environ), tmp_path / "log", 3, lambda text: None,
+        stands=lambda: next(asked, ""),
     )  # fmt: skip
-    assert not out.timed_out and out.codes == [0] and out.stood_s > 1 and time.monotonic() - before > 1.5
+    assert not out.timed_out and out.codes == [0] and out.stood_s > 3
 
 
 def test_a_run_stands_still_for_so_long_and_no_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "STILL_S", 0.3)
     out = processes.run_group(
         [sys.executable, "-c", "import time; time.sleep(0.3)"], 1, dict(os.environ), tmp_path / "log", 30, lambda text: None,
-        stands=lambda: True,
+        stands=lambda: "another",
     )  # fmt: skip
     assert out.codes == [0] and 0.3 <= out.stood_s < 5
 
 
+def test_it_stands_still_again_for_the_next_one(monkeypatch):
+    """Having given up on one; a name that was seen once may be that of one who was killed."""
+    said, clock = [], iter(range(0, 10_000, 200))
+    names = iter(["a", "a", "a", "a", "a", "b", "b", "", "c", "", "d", "d"])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
+    stand = processes.Stand(lambda: next(names), lambda text: None)
+    told = []
+    for _ in range(12):
+        stand.look(SimpleNamespace(link=SimpleNamespace(send=said.append)))
+        told.append(b"".join(said).decode())
+        said.clear()
+    assert told == ["", "s", "", "c", "", "", "s", "c", "", "", "", "s"] and stand.seconds == 600
+
+
 def test_a_run_that_stands_still_is_ended_like_any_other(tmp_path):
     """Signals but SIGKILL wait in a stopped process."""
-    monitor = processes.Stand(lambda: True, lambda text: None)
+    stand = processes.Stand(lambda: "another", lambda text: None)
     command = {
         "command": [sys.executable, "-c", "import time; time.sleep(60)"],
         "ranks": 1,
@@ -156,21 +172,43 @@ def test_a_run_that_stands_still_is_ended_like_any_other(tmp_path):
     with (tmp_path / "log").open("ab") as sink:
         keeper = processes._begin(None, dict(os.environ), [sink.fileno()], 10)
         keeper.link.sendall(json.dumps(command).encode() + b"\n")
-        monitor.look(keeper)
-        time.sleep(0.5)
+        assert await_that(lambda: children(keeper.process.pid))
+        (pid,) = children(keeper.process.pid)
+        for _ in range(2):
+            stand.look(keeper)
+        assert await_that(lambda: state(pid) == "T")
         ends = json.loads(keeper.end())
         keeper.close()
     assert ends["codes"] == [-signal.SIGKILL]
 
 
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_the_lock_of_one_who_died_is_nobody_s(tmp_path):
     path = tmp_path / "gpu.lock"
-    assert not turns.held_by_another([path], "me")
+    assert turns.owner_of(path) == ""
     with turns.take(path, "you"):
-        assert turns.held_by_another([path], "me") and not turns.held_by_another([path], "you")
-    assert path.read_text() == "you" and not turns.held_by_another([path], "me")
+        assert turns.owner_of(path) == "you"
+    assert path.read_text() == "" and turns.owner_of(path) == ""
     with turns.take(path):
-        assert not turns.held_by_another([path], "me")
+        assert turns.owner_of(path) == ""
+    code = "import os, sys, pathlib; from dyno import turns\nwith turns.take(pathlib.Path(sys.argv[1]), 'you'): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    assert path.read_text() == "you" and turns.owner_of(path) == ""
+
+
+def test_who_had_its_turn_stands_still_for_nobody(tmp_path):
+    paths = [tmp_path / "a.lock", tmp_path / "b.lock"]
+    watch = turns.Watch(paths, "me")
+    with turns.take(paths[1], "you"):
+        assert watch.other() == "you"
+    assert watch.other() == ""
+    with turns.take(paths[0], "me"), turns.take(paths[1], "you"):
+        assert watch.other() == ""
+    with turns.take(paths[0], "you"):
+        assert watch.other() == ""
 
 
 class Gpu:

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "one_stochastic_bf16": (1, ["precision=bf16_stochastic"]),
     "one_muon": (1, ["optimizer=muon"]),
     "one_adamw8bit": (1, ["optimizer=adamw8bit"]),
+    "one_adamw8bit_bf16": (1, ["optimizer=adamw8bit", "precision=bf16_master"]),
     "one_documents": (1, ["packing=documents"]),
     "one_padded": (1, ["packing=padded"]),
     "ddp": (2, ["parallelism=ddp"]),
@@ -87,6 +88,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ddp_stochastic_bf16": (2, ["parallelism=ddp", "precision=bf16_stochastic"]),
     "zero3_muon": (2, ["parallelism=zero3", "optimizer=muon"]),
     "zero3_adamw8bit": (2, ["parallelism=zero3", "optimizer=adamw8bit"]),
+    "zero3_adamw8bit_bf16": (2, ["parallelism=zero3", "optimizer=adamw8bit", "precision=bf16_master"]),
     "zero3_chunked": (2, ["parallelism=zero3", "loss=chunked", "loss.rows=10"]),
     "ddp_chunked": (2, ["parallelism=ddp", "loss=chunked", "loss.rows=10"]),
     "ring_chunked": (2, ["parallelism=context", "loss=chunked", "loss.rows=10"]),
@@ -245,7 +247,7 @@ def test_ranks_with_bf16_weights_train_like_one_process(case, results):
     assert torch.equal(results[case][0]["logits"], results[case][1]["logits"])  # no rank drifts away
 
 
-@pytest.mark.parametrize("case", ["zero3_muon", "zero3_adamw8bit"])
+@pytest.mark.parametrize("case", ["zero3_muon", "zero3_adamw8bit", "zero3_adamw8bit_bf16"])
 def test_other_optimizers_step_on_sharded_parameters(case, results):
     """Muon gathers its matrices and is equal; blocks of 8-bit moments are a rank's own, so those differ a little."""
     expected = results["one_" + case.split("_", 1)[1]][0]

@@ -14,6 +14,7 @@ host's clock (CPU). Counters, memory and validity are read before the first and 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ class Meter:
         self._flags: list[dict[str, str]] = []
         self.alone = locks is None
         self._turns, self._locks = list(locks or ()), ExitStack()
+        self._began = math.inf  # its turn
         self._ceilings: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -116,12 +118,15 @@ class Meter:
             self.sampler.log.unlink(missing_ok=True)  # every window has taken its part into its samples
         if self.codecarbon:
             self.codecarbon.close()
+        if time.monotonic() - self._began > turns.STILL_S:
+            self.flag("others_went_on", f"its turn took over {turns.STILL_S:g} s, for which other runs stand still")
         self._locks.close()
 
     def take_turn(self) -> None:
         """Wait until no other run measures on the device, and keep it until the meter is left; done once."""
         while self._turns:
             self._locks.enter_context(turns.take(Path(self._turns.pop(0)), self.run_dir.name))
+            self._began = time.monotonic()
 
     def window(self, name: str) -> Window:
         """A new measured region; enter it with `with`."""
@@ -141,6 +146,7 @@ class Meter:
     def ceilings(self) -> dict[str, Any]:
         """The machine's measured ceilings; asked for after a window, so that no probe heats what is measured."""
         if self._ceilings is None:
+            self.take_turn()  # also a run without a window: probes wait for each other
             self._ceilings = probe.ceilings(self.device)
         return self._ceilings
 

@@ -105,7 +105,7 @@ class Reader:
 def placed(value: Tensor, parameter: Any, fused: bool) -> Any:
     """A piece of the optimizer's state where it belongs: a count on the host, but for fused steps, a moment by its weight."""
     if value.dim() == 0:
-        return int(value) if value.dtype == torch.int64 else value.to(parameter.device) if fused else value
+        return value.float().to(parameter.device if fused else "cpu")
     value = value.to(parameter.device)
     return like(value, parameter) if value.shape == parameter.shape else value
 

@@ -32,7 +32,7 @@ class SinglePass(torch.optim.Optimizer):
     def restore(self, parameter: nn.Parameter, values: dict[str, Any], master: Tensor) -> None:
         """A checkpoint's word on a parameter."""
         masters = {} if parameter.dtype == torch.float32 else {"master": local(master).float()}
-        self.state[parameter] = {**values, **masters}
+        self.state[parameter] = {**values, **masters, "step": int(values["step"])}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
