@@ -24,8 +24,10 @@ def local(tensor: Any) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor; detached, in the same memory."""
     if not is_dtensor(tensor):
         return tensor.detach()
-    with torch.no_grad():
-        part = tensor.to_local()
+    if torch.is_grad_enabled():
+        with torch.no_grad():  # its entry takes longer than all the rest, and a step asks hundreds of times
+            return local(tensor)
+    part = tensor.to_local()
     return part.wait() if hasattr(part, "wait") else part  # its last change of placement may be on its way
 
 
