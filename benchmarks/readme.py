@@ -273,6 +273,7 @@ def main() -> None:
             *serving_table(reference / "generate-160m"),
             *readme_layouts.layouts_table(reference.parent / "h200-x2" / "layouts"),
             *readme_layouts.layouts_table(reference.parent / "h200-x4" / "layouts"),
+            *readme_layouts.scaling_table(reference.parent / "h200-x2" / "layouts"),
             *readme_layouts.scaling_table(reference.parent / "h200-x4" / "layouts"),
             *readme_layouts.layout_studies(
                 *(reference.parent / f"h200-x{n}" / f"layout-{m}" for m in ("1b", "8b") for n in (2, 4))

@@ -12,7 +12,17 @@ from dyno.recipe import Recipe
 from dyno.record import read_records
 from dyno.show import si
 
-LAYOUTS = ("160m", "160m_128k", "1b", "1b_8k", "1b_32k", "1b_128k", "deep")  # groups of the layouts that are shown
+LAYOUTS = (
+    "160m",
+    "160m_8k",
+    "160m_32k",
+    "160m_128k",
+    "1b",
+    "1b_8k",
+    "1b_32k",
+    "1b_128k",
+    "deep",
+)  # groups that are shown
 BEST = 3  # of a study
 
 
@@ -84,9 +94,10 @@ def scaling_table(where: Path) -> list[str]:
     ]
     for model in ("160m", "1b"):
         group = f"{model}_compiled"
-        for layout in ("ddp", "zero1", "zero3"):
+        for layout in ("ddp", "zero1", "zero3", "tensor", "1f1b"):
+            replicas = layout not in ("tensor", "1f1b")  # which take more rows as there are more
             for kind, first in (("strong", f"{group}/one"), ("weak", f"{group}/weak1")):
-                if first not in rows:
+                if first not in rows or (kind == "weak" and not replicas):
                     continue
                 alone, found = rows[first]["tokens_per_s_per_gpu"], []
                 for count in counts:
@@ -94,6 +105,8 @@ def scaling_table(where: Path) -> list[str]:
                     each = rows[key]["tokens_per_s_per_gpu"] if key in rows else None
                     mark = signs.get(cells[key]["id"], "") if each else ""
                     found.append(f"{si(each * count)} ({each / alone:.0%}){mark}" if each else "-")
+                if set(found) == {"-"}:
+                    continue
                 workload = cells[first]["config"]["workload"]
                 shape = f"{workload['batch']} x {workload['seq']}{' a GPU' if kind == 'weak' else ''}"
                 lines.append(f"| {model}, {shape} | {layout} | {kind} | {si(alone)} | {' | '.join(found)} |")
