@@ -19,6 +19,17 @@ from dyno.keeper import children
 from dyno.measure import environment
 
 
+def run_two(recipe) -> list[str]:
+    """Run it twice at once; what both told."""
+    told: list[str] = []
+    runs = [threading.Thread(target=runner.run, args=(recipe,), kwargs={"progress": told.append}) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    return told
+
+
 def test_one_measurement_at_a_time(recipe, worker):
     """Two runs at once on one device: the second waits, and neither sees the other's worker."""
     worker("""
@@ -28,12 +39,7 @@ def test_one_measurement_at_a_time(recipe, worker):
         mark.unlink()
         done()
     """)
-    told: list[str] = []
-    runs = [threading.Thread(target=runner.run, args=(recipe,), kwargs={"progress": told.append}) for _ in range(2)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    told = run_two(recipe)
     assert [r["status"] for r in record.read_records(recipe.config["results_dir"])] == ["ok", "ok"]
     assert sum("waiting" in text for text in told) == 1
 
@@ -55,11 +61,7 @@ def test_runs_that_share_the_device_until_they_measure(recipe, worker):
         done()
     """)
     recipe.config["measure"]["exclusive"] = "window"
-    runs = [threading.Thread(target=runner.run, args=(recipe,)) for _ in range(2)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    run_two(recipe)
     assert [r["status"] for r in record.read_records(recipe.config["results_dir"])] == ["ok", "ok"]
 
 
@@ -112,12 +114,7 @@ def test_others_stand_still_in_a_run_s_turn(recipe, worker, owner):
     """And what they start; not in a run that has the device from its start on, and may wait for something of theirs."""
     worker(STILL.replace("OWNER", owner))
     recipe.config["measure"]["exclusive"] = "window"
-    told: list[str] = []
-    runs = [threading.Thread(target=runner.run, args=(recipe,), kwargs={"progress": told.append}) for _ in range(2)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    told = run_two(recipe)
     place = Path(recipe.config["results_dir"])
     found = record.read_records(place)
     assert [r["status"] for r in found] == ["ok", "ok"]
