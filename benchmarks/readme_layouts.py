@@ -12,17 +12,8 @@ from dyno.recipe import Recipe
 from dyno.record import read_records
 from dyno.show import si
 
-LAYOUTS = (
-    "160m",
-    "160m_8k",
-    "160m_32k",
-    "160m_128k",
-    "1b",
-    "1b_8k",
-    "1b_32k",
-    "1b_128k",
-    "deep",
-)  # groups that are shown
+# Groups of the layouts that are shown.
+LAYOUTS = ("160m", "160m_8k", "160m_32k", "160m_128k", "1b", "1b_8k", "1b_32k", "1b_128k", "deep")
 BEST = 3  # of a study
 
 

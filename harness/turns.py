@@ -24,10 +24,10 @@ def take(path: Path, owner: str = "", waits: Callable[[], None] = lambda: None) 
         except OSError:
             waits()
             fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        with contextlib.suppress(OSError):  # a full disk costs the others' stillness, not the run
+            os.write(lock.fileno(), owner.encode())
         try:
-            lock.truncate(0)
-            lock.write(owner)
-            lock.flush()
             yield lock
         finally:
             lock.truncate(0)  # or the next one would go by this name until it has written its own
