@@ -83,6 +83,7 @@ def scaling_table(where: Path) -> list[str]:
         f"| model and tokens | layout | | 1 GPU | {' | '.join(heads)} |",
         "|---|---|---|---|" + "---|" * len(counts),
     ]
+    apart = False
     for model in ("160m", "1b"):
         group = f"{model}_compiled"
         for layout in ("ddp", "zero1", "zero3", "tensor", "1f1b"):
@@ -95,12 +96,16 @@ def scaling_table(where: Path) -> list[str]:
                     key = f"{group}/{layout}" if count == most else f"{group}/{kind}{count}_{layout}"
                     each = rows[key]["tokens_per_s_per_gpu"] if key in rows else None
                     mark = signs.get(cells[key]["id"], "") if each else ""
+                    if each and cells[key]["fingerprint"]["machine"] != cells[first]["fingerprint"]["machine"]:
+                        mark, apart = f"{mark}†", True
                     found.append(f"{si(each * count)} ({each / alone:.0%}){mark}" if each else "-")
                 if set(found) == {"-"}:
                     continue
                 workload = cells[first]["config"]["workload"]
                 shape = f"{workload['batch']} x {workload['seq']}{' a GPU' if kind == 'weak' else ''}"
                 lines.append(f"| {model}, {shape} | {layout} | {kind} | {si(alone)} | {' | '.join(found)} |")
+    if apart:
+        notes += ["", "† On another host than the single GPU."]
     return [*lines, *notes]
 
 

@@ -70,7 +70,7 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
         for name, label in (("memory", "peak memory a GPU"), ("time", "step time")):
             found = json.loads(path.read_text())[name]
             lines.append(
-                f"| {label} of layouts on {gpus}, host costs fitted to these | {found['runs']} | {found['median']:.1%} | "
+                f"| {label} of layouts on {gpus}, host costs fitted to most of these | {found['runs']} | {found['median']:.1%} | "
                 f"{found['worst']:.1%} |"
             )
     found = json.loads(published.read_text())["held_out"]

@@ -116,6 +116,8 @@ def _obey(words: bytes) -> None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, number)
             told |= new
+            if number == signal.SIGCONT:  # what goes on may start others
+                break
 
 
 def _wait(link: socket.socket, bell: socket.socket, ranks: dict[int, int], codes: list[int | None]) -> int | None:

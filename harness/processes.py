@@ -168,17 +168,20 @@ class Stand:
         """Stop them or let them go on; the seconds until the next look.
 
         Two looks in a row have to find the same name: of one who was killed it stands there until the next has written its own.
+        Those that stand already stay so when the turn passes to another.
         """
         if self.asked is None:
             return math.inf
         now, name = time.monotonic(), self.asked()
         if self._since is not None:
             self.seconds += now - self._looked
-            if now - self._since > STILL_S:
+            if name != self._last:
+                self._since = now
+            elif now - self._since > STILL_S:
                 self._given_up = name
         if name != self._given_up:
             self._given_up = ""
-        still = name != "" and name == self._last and not self._given_up
+        still = name != "" and (name == self._last or self._since is not None) and not self._given_up
         self._looked, self._last = now, name
         if still != (self._since is not None):
             self._since = now if still else None

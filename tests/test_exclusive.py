@@ -147,15 +147,15 @@ def test_a_run_stands_still_for_so_long_and_no_longer(tmp_path, monkeypatch):
 def test_it_stands_still_again_for_the_next_one(monkeypatch):
     """Having given up on one; a name that was seen once may be that of one who was killed."""
     said, clock = [], iter(range(0, 10_000, 200))
-    names = iter(["a", "a", "a", "a", "a", "b", "b", "", "c", "", "d", "d"])
+    names = iter(["a", "a", "a", "a", "a", "b", "b", "", "c", "", "d", "d", "e", "e", ""])
     monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
     stand = processes.Stand(lambda: next(names), lambda text: None)
     told = []
-    for _ in range(12):
+    for _ in range(15):
         stand.look(SimpleNamespace(link=SimpleNamespace(send=said.append)))
         told.append(b"".join(said).decode())
         said.clear()
-    assert told == ["", "s", "", "c", "", "", "s", "c", "", "", "", "s"] and stand.seconds == 600
+    assert told == ["", "s", "", "c", "", "", "s", "c", "", "", "", "s", "", "", "c"] and stand.seconds == 1200
 
 
 def test_a_run_that_stands_still_is_ended_like_any_other(tmp_path):
