@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dyno.kernels import _adamw8bit, _fp8
+from dyno.kernels import _adamw, _adamw8bit, _fp8
 from dyno.kernels import linear_cross_entropy as loss
 from dyno.model.config import config_of
 from dyno.model.decoder import Decoder
@@ -97,7 +97,7 @@ def check_adamw8bit() -> dict[str, Any]:
         weight = torch.randn(count, device=DEVICE, generator=generator)
         moments = [_adamw8bit.empty_moment(count, signed, DEVICE) for signed in (True, False)]
         for i in range(5):
-            rates = _adamw8bit.Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9 ** (i + 1), 1 - 0.95 ** (i + 1))
+            rates = _adamw.Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9 ** (i + 1), 1 - 0.95 ** (i + 1))
             grad, scale = torch.randn(count, device=DEVICE, generator=generator), torch.ones((), device=DEVICE)
             version(weight, None, grad, *moments, scale, rates)
         kept.append((weight, moments[0].codes, moments[1].codes))

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dyno import turns
 
 OURS = ["compile=on", "attention=sdpa_cudnn"]
 MASTER = [*OURS, "precision=bf16_master"]
@@ -41,7 +42,6 @@ VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16_master 8-bit fused graphs": [*MASTER, *EIGHT_BIT, *FUSED, *GRAPHS],
     "dyno fp8": [*OURS, *FP8, *ONE_PASS],
     "dyno fp8 fused graphs": [*OURS, *FP8, *ONE_PASS, *FUSED, *GRAPHS],
-    "dyno fp8 8-bit fused graphs": [*OURS, *FP8, *EIGHT_BIT, *FUSED, *GRAPHS],
     "transformers compile": {"compile": True},
     "transformers compile pure": {"compile": True, "pure": True},
     "transformers liger": {"liger": True},
@@ -172,14 +172,6 @@ def copy_weights(source: dict[str, Any], target: dict[str, Any]) -> None:
             tensor.copy_(source[name])
 
 
-@contextlib.contextmanager
-def turn(given: argparse.Namespace) -> Iterator[None]:
-    """The GPU is one variant's at a time."""
-    with (Path(given.results) / "turn.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def measure(name: str, given: argparse.Namespace) -> None:
     """One variant in this process: prints a JSON line a seed."""
     import torch
@@ -192,7 +184,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     made.begin(0)()
     torch.cuda.synchronize()
     first_s = time.perf_counter() - began
-    with turn(given):
+    with turns.take(Path(given.results) / "turn.lock"):  # the GPU is one variant's at a time
         for seed in given.seeds:
             step, losses = made.begin(seed), []
             torch.cuda.reset_peak_memory_stats()

@@ -53,7 +53,7 @@ def keep(start: Callable[[Rank], int]) -> Rank | None:
         None in the keeper, once all is over; its Rank in a process that `start` forked.
     """
     link = socket.socket(fileno=0)
-    request, words = read_request(link)
+    request, words = _read_request(link)
     if not request:  # the runner is gone already
         return None
     asked = json.loads(request)
@@ -94,7 +94,7 @@ def keep(start: Callable[[Rank], int]) -> Rank | None:
     return None
 
 
-def read_request(link: socket.socket) -> tuple[bytes, bytes]:
+def _read_request(link: socket.socket) -> tuple[bytes, bytes]:
     """The runner's first line, empty if it is gone, and the words that it may have said after that."""
     data = b""
     while b"\n" not in data:

@@ -49,9 +49,8 @@ def die_with_parent(parent: int | None = None) -> None:
 class Outcome:
     """How a group of processes ended: return codes by rank, the rank that failed first, and whether the limit struck.
 
-    `stood_s` seconds it stood still, which the limit does not count.
-
-    A rank that was killed because another one failed has a code too, so only `first` tells who began.
+    A rank that was killed because another one failed has a code too, so only `first` tells who began. `stood_s` seconds it
+    stood still, which the limit does not count.
     """
 
     codes: list[int | None] = field(default_factory=list)

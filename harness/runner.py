@@ -204,10 +204,8 @@ def with_stands(result: dict[str, Any], stood_s: float) -> dict[str, Any]:
     metrics = result.get("metrics", {})
     if stood_s:
         result["details"] = result.get("details", {}) | {"stood_still_s": round(stood_s, 3)}
-        for name in ("startup_s", "compile_time_s"):
-            if name in metrics:
-                metrics[name] = {"value": None, "unit": "s", "count": 0,
-                                 "reason": f"stood still for {stood_s:.1f} s while other runs measured"}  # fmt: skip
+        unknown = record.unmeasured("s", f"stood still for {stood_s:.1f} s while other runs measured")
+        metrics |= record.to_json({name: unknown for name in ("startup_s", "compile_time_s") if name in metrics})
     return result
 
 

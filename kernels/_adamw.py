@@ -5,11 +5,31 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from dyno.kernels import triton_missing
-from dyno.kernels._adamw8bit import Rates
+
+
+class Rates(NamedTuple):
+    """The numbers of one step; the corrections are 1 - beta^t."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    correction1: float
+    correction2: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: int) -> Rates:
+        """Those of an optimizer's parameter group at its step, counted from 1."""
+        beta1, beta2 = group["betas"]
+        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step)
 
 
 def reference_step(
@@ -22,6 +42,11 @@ def reference_step(
     g = grad.float() * scale
     first.lerp_(g, 1 - rates.beta1)
     second.lerp_(g * g, 1 - rates.beta2)
+    descend(weight, master, first, second, rates)
+
+
+def descend(weight: Tensor, master: Tensor | None, first: Tensor, second: Tensor, rates: Rates) -> None:
+    """Step by new moments: the master, where there is one, and the weight, then its rounding."""
     update = first / rates.correction1 / ((second / rates.correction2).sqrt() + rates.eps)
     wide = weight.float() if master is None else master
     wide = wide * (1 - rates.lr * rates.weight_decay) - rates.lr * update

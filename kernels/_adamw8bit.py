@@ -8,14 +8,14 @@ becomes the middle of its cell, the largest of a block itself if it is positive.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dyno.kernels import triton_missing
+from dyno.kernels._adamw import Rates, descend
 
 BLOCK = 256
 
@@ -25,24 +25,6 @@ class Moment(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-
-
-class Rates(NamedTuple):
-    """The numbers of one step; the corrections are 1 - beta^t."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    correction1: float
-    correction2: float
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any], step: int) -> Rates:
-        """Those of an optimizer's parameter group at its step, counted from 1."""
-        beta1, beta2 = group["betas"]
-        return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step)
 
 
 @lru_cache
@@ -95,12 +77,7 @@ def reference_step(
     g = grad.float() * scale
     m = dequantise(first, True).lerp(g, 1 - rates.beta1)
     v = dequantise(second, False).lerp(g * g, 1 - rates.beta2)
-    update = m / rates.correction1 / ((v / rates.correction2).sqrt() + rates.eps)
-    wide = weight.float() if master is None else master
-    wide = wide * (1 - rates.lr * rates.weight_decay) - rates.lr * update
-    if master is not None:
-        master.copy_(wide)
-    weight.copy_(wide)
+    descend(weight, master, m, v, rates)
     quantise_into(first, m, True)
     quantise_into(second, v, False)
 

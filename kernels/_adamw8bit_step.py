@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw8bit import BLOCK, Moment, Rates, table
+from dyno.kernels._adamw import Rates
+from dyno.kernels._adamw8bit import BLOCK, Moment, table
 
 ROWS = 2  # blocks a program
+CUTS = tl.constexpr(2**23 - 0.5)  # beside such a number fp32 has no fraction
 
 # Codes are computed, not searched for among the table's bounds, which took the time of the memory's traffic again.
 
@@ -37,7 +39,7 @@ def _place(share, FINER: tl.constexpr):
 @triton.jit
 def _whole(place):
     """The whole part of places below 2^22, by the addition's rounding: a conversion takes four times as long."""
-    return (place + 8388607.5).to(tl.int32, bitcast=True) & 0xFFFF
+    return (place + CUTS).to(tl.int32, bitcast=True) & 0xFFFF
 
 
 @triton.jit

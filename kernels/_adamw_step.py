@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw8bit import Rates
+from dyno.kernels._adamw import Rates
 
 BLOCK = 1024  # numbers a program
 

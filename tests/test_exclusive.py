@@ -196,6 +196,30 @@ def test_the_lock_of_one_who_died_is_nobody_s(tmp_path):
     assert path.read_text() == "you" and turns.owner_of(path) == ""
 
 
+def test_a_full_disk_costs_a_turn_its_name_alone(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(turns.os, "write", full)
+    with turns.take(tmp_path / "gpu.lock", "you"):
+        assert turns.owner_of(tmp_path / "gpu.lock") == ""
+
+
+def test_what_a_start_took_is_not_known_of_a_run_that_stood_still():
+    metrics = {"startup_s": {"value": 9.0, "unit": "s"}, "step_time_s": {"value": 0.1, "unit": "s"}}
+    result = {"status": "ok", "metrics": metrics, "details": {"phases": {}}}
+    assert runner.with_stands(json.loads(json.dumps(result)), 0.0) == result
+    out = runner.with_stands(result, 2.5)
+    assert out["details"] == {"phases": {}, "stood_still_s": 2.5} and set(out["metrics"]) == {
+        "startup_s",
+        "step_time_s",
+    }
+    assert out["metrics"]["startup_s"] == {
+        "value": None, "unit": "s", "count": 0, "reason": "stood still for 2.5 s while other runs measured",
+    }  # fmt: skip
+    assert out["metrics"]["step_time_s"]["value"] == 0.1
+
+
 def test_who_had_its_turn_stands_still_for_nobody(tmp_path):
     paths = [tmp_path / "a.lock", tmp_path / "b.lock"]
     watch = turns.Watch(paths, "me")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from dyno import turns
 from dyno.measure import hardware, probe
 from dyno.measure.clock import HostClock
 from dyno.measure.memory import graph_bytes
@@ -285,6 +286,16 @@ def test_a_meter_that_takes_turns_waits_for_the_other_to_be_left(tmp_path):
         meter.take_turn()  # is its own already
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_a_long_turn_is_flagged_and_ceilings_are_measured_in_one(tmp_path, monkeypatch):
+    path = tmp_path / "cpu.lock"
+    monkeypatch.setattr(probe, "ceilings", lambda device: {"owner": turns.owner_of(path)})
+    for patience_s, codes in ((300.0, []), (0.0, ["others_went_on"])):
+        monkeypatch.setattr(turns, "STILL_S", patience_s)
+        with Meter(CPU, MEASURE, {"device": "cpu"}, tmp_path, locks=[str(path)]) as meter:
+            assert turns.owner_of(path) == "" and meter.ceilings() == {"owner": tmp_path.name}
+        assert [f["code"] for f in meter.validity()["flags"]] == codes
 
 
 def test_what_graphs_work_in_counts_though_the_allocator_calls_it_free(monkeypatch):

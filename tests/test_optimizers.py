@@ -8,7 +8,8 @@ from test_training_techniques import prepared, steps
 
 from dyno.kernels import _adamw as single
 from dyno.kernels import _adamw8bit as eight
-from dyno.kernels._adamw8bit import BLOCK, Rates
+from dyno.kernels._adamw import Rates
+from dyno.kernels._adamw8bit import BLOCK
 from dyno.technique import Shape
 from dyno.techniques.optimizer import _muon, update_rules
 from dyno.techniques.optimizer._single_pass import AdamW8bit, SinglePassAdamW

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,11 @@ from dyno.plan.trace import Allocations, expanded, flash, traced, unfused
 from dyno.recipe import Recipe, compose
 from dyno.record import read_records
 
-RECORDS = Path(__file__).parent.parent / "results" / "reference"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from layouts import outdated  # noqa: E402
+
+RECORDS = ROOT / "results" / "reference"
 GPU = Device("cuda", 0, "a card", 80 * 2**30, (9, 0), None, 1)
 SHAPE = ["model=160m", "model.layers=3", "workload.batch=4"]
 CASES = {
@@ -67,7 +71,7 @@ def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
     """348 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 4%, and 95% within 6.5%."""
     where = [RECORDS / gpu / "planner" for gpu in ("h100", "h200")]
     found = [calibrate.read(path) for path in where]
-    old = {run for path in where for run in json.loads((path / "outdated.json").read_bytes())}
+    old = {run for path in where for run in outdated(path)}
     samples = [sample for some, _ in found for sample in some if sample.id not in old]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
     assert sum(left_out for _, left_out in found) == 0 and len(errors) == 348

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dyno import turns
 from dyno.home import home
 from dyno.measure.clock import gpu_uuid, synchronize
 from dyno.measure.environment import machine_id
@@ -50,8 +50,7 @@ def ceilings(device: torch.device, refresh: bool = False) -> dict[str, Any]:
     folder = cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.json"
-    with (folder / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with turns.take(folder / f"{key}.lock"):
         if path.exists() and not refresh:
             return json.loads(path.read_bytes())
         start = time.perf_counter()

@@ -30,9 +30,8 @@ def count(settings: Settings, asked: int | None) -> int:
     (measure.exclusive=window) may each take so much memory and no more (measure.memory_limit_gib).
     """
     device, measure = settings.device, settings.space.base.config["measure"]
-    wide = any(p.key.split(".")[0] == "parallelism" for p in settings.space.parameters) or any(
-        t.world_size > 1 for chosen in settings.space.base.techniques.values() for t in chosen
-    )
+    layouts = any(p.key.split(".")[0] == "parallelism" for p in settings.space.parameters)
+    wide = layouts or settings.space.base.world_size > 1
     if device.kind != "cuda" or wide:
         return 1
     limit, beside = measure["memory_limit_gib"], 1

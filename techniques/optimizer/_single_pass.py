@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dyno.kernels import _adamw, _adamw8bit
-from dyno.kernels._adamw8bit import Moment, Rates, empty_moment
+from dyno.kernels._adamw import Rates
+from dyno.kernels._adamw8bit import Moment, empty_moment
 from dyno.stages.shards import local
 
 
-class SinglePass(torch.optim.Optimizer):
+class SinglePass(torch.optim.Optimizer, ABC):
     """An optimizer whose step is `update` of one parameter after another.
 
     The gradient is scaled to the clipped norm while it is used, and a parameter in 16 bits is written beside its fp32
@@ -22,7 +24,8 @@ class SinglePass(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
-        self.scale = torch.ones(())  # what gradients are multiplied by: of the last clip
+        device = self.param_groups[0]["params"][0].device
+        self.scale = torch.ones((), device=device)  # what gradients are multiplied by: of the last clip
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """The norm of the gradients together; the next step takes them with at most `max_norm`."""
@@ -47,17 +50,16 @@ class SinglePass(torch.optim.Optimizer):
                     if weight.dtype != torch.float32:
                         state["master"] = weight.float()
                 state["step"] += 1
-                self.scale = self.scale.to(weight.device)
                 if weight.numel():  # a rank may hold nothing of a small parameter
                     self.update(weight, local(p.grad).contiguous(), state, Rates.of(group, state["step"]))
 
+    @abstractmethod
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
         """Those of a parameter before its first step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
         """One step of a parameter, in place; `self.scale` is what the gradient counts."""
-        raise NotImplementedError
 
 
 class SinglePassAdamW(SinglePass):
@@ -78,12 +80,7 @@ class AdamW8bit(SinglePass):
 
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
         first, second = (empty_moment(weight.numel(), signed, weight.device) for signed in (True, False))
-        return {
-            "m_codes": first.codes,
-            "m_scales": first.scales,
-            "v_codes": second.codes,
-            "v_scales": second.scales,
-        }
+        return {"m_codes": first.codes, "m_scales": first.scales, "v_codes": second.codes, "v_scales": second.scales}
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
         first, second = (Moment(state[f"{name}_codes"], state[f"{name}_scales"]) for name in "mv")

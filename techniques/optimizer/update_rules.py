@@ -50,8 +50,7 @@ class SinglePassAdamW(Technique):
     """
 
     def unsupported(self, recipe: Recipe, device: Device) -> str | None:
-        others = [t for chosen in recipe.techniques.values() for t in chosen if t is not self]
-        if max(t.world_size for t in others) > 1:
+        if recipe.world_size > 1:
             return "the norm for clipping is taken on one rank; take optimizer=adamw with a layout of several"
         return None
 
