@@ -43,7 +43,7 @@ def recipe_of(overrides: list[str], layers: int) -> Any:
 def guess(overrides: list[str], gib: float, most: int) -> tuple[int, int]:
     """(layers that the plan fits into the GPU, layers whose offloaded state fits into the host), at most `most`."""
     from dyno.measure.environment import detect, memory_bytes
-    from dyno.plan import predict, shape_of
+    from dyno.plan import predict
     from dyno.recipe import Recipe
 
     base = recipe_of(overrides, 1)
@@ -52,13 +52,10 @@ def guess(overrides: list[str], gib: float, most: int) -> tuple[int, int]:
 
     def fits(layers: int, where: str) -> bool:
         recipe = Recipe({**base.config, "model": {**base.config["model"], "layers": layers}}, base.choices)
+        plan = predict(recipe, device)
         if where == "device":
-            return predict(recipe, device).verdict() is None
-        shape = shape_of(recipe)
-        assert shape is not None
-        return (
-            sum(t.footprint(shape, device).host_bytes for chosen in recipe.techniques.values() for t in chosen) <= host
-        )
+            return not plan.reasons and plan.needed_bytes <= device.memory_bytes
+        return plan.host_bytes <= host
 
     found = []
     for where in ("device", "host"):

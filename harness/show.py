@@ -165,6 +165,8 @@ def plan(prediction: Plan) -> None:
             f"  peak memory        {si(prediction.peak_memory_bytes, 'B'):>10}  +-{prediction.memory_band:.0%}; "
             f"with allocator slack and context {si(prediction.needed_bytes, 'B')}"
         )
+    if prediction.host_bytes:
+        out.append(f"  host memory        {si(prediction.host_bytes, 'B'):>10}  of what is offloaded")
     if prediction.step_s:
         out.append(f"  ceilings           {prediction.machine.source if prediction.machine else '-'}")
         out += [f"    {name:<18} {si(value, 's'):>10}" for name, value in prediction.time_terms.items() if value]

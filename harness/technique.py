@@ -40,6 +40,11 @@ class Shape:
     qk_norm: bool = False
     kept_bytes: float = 0.0  # of the blocks on a rank when nothing is recomputed; where a technique `needs_kept_bytes`
 
+    @property
+    def tensors(self) -> int:
+        """How many parameters the model has as tensors."""
+        return self.layers * (11 if self.qk_norm else 9) + (2 if self.tied else 3)
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -68,22 +73,24 @@ class Footprint:
 
     Amounts. `master_bytes` a parameter of a wider copy; of the copies that the optimizer's step makes of weights and
     gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
-    `one_pass_step`, and `gathered_step_bytes` of whole weights on every rank; `boundaries`: block inputs kept instead
-    of the blocks' insides; `standing_numbers` of a parameter's width, and `gathered_numbers` of an activation's, all step
-    long beside weights and gradients; `visiting_blocks` whose weights are on the device, of an activation's width, as long
-    as blocks compute; `recompute_blocks` whose inside the backward pass makes again and holds at once, `blocks_again`,
-    the share of the blocks whose forward pass it runs again; `extra_bytes`; `host_bytes`; `host_traffic_bytes` that
-    leave for the host and `host_weights`, numbers of an activation's width that come from it, in a micro-batch;
-    `host_updates`, parameters that the host steps, while `host_return_bytes` come back, and `host_activations`, numbers
-    a token that go there and come back; what a rank sends to others (`wire_weights` and `wire_activations`, numbers of
-    a parameter's and an activation's width, and `wire_bytes`), of that what the device stands still for
-    (`waited_activations`, `waited_bytes`), and of both what is sent again where all blocks run again (`wire_again`,
-    `waited_again`); `merged_parts` of a sequence that a ring attends to one by one; `host_s`, seconds of the host in an
-    eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which recomputation repeats, and
-    `host_compiled_s` and `host_compiled_again_s`, what a compiler leaves of both; and `bubble`, the idle share of a
-    step.
+    `one_pass_step`; of an optimizer that takes whole weights on every rank `gathered_step_bytes` at once and
+    `gathered_step_traffic` in all; an optimizer's `step_flops`, in bf16, and its `step_launches` beside a fused step's;
+    `boundaries`: block inputs kept instead of the blocks' insides; `standing_numbers` of a parameter's width, and
+    `gathered_numbers` of an activation's, all step long beside weights and gradients; `visiting_blocks` whose weights are
+    on the device, of an activation's width, as long as blocks compute; `recompute_blocks` whose inside the backward pass
+    makes again and holds at once, `blocks_again`, the share of the blocks whose forward pass it runs again; `extra_bytes`;
+    `host_bytes`; `host_traffic_bytes` that leave for the host and `host_weights`, numbers of an activation's width that
+    come from it, in a micro-batch; `host_updates`, parameters that the host steps, while `host_return_bytes` come back, and
+    `host_blocks`, whose kept tensors go there and come back; what a rank sends to others (`wire_weights` and
+    `wire_activations`, numbers of a parameter's and an activation's width, and `wire_bytes`), of that what the device
+    stands still for (`waited_activations`, `waited_bytes`), and of both what is sent again where all blocks run again
+    (`wire_again`, `waited_again`); `merged_parts` of a sequence that a ring attends to one by one; `host_s`, seconds of the
+    host in an eager step beside its kernels' launches, `host_again_s` of them in a forward pass, which recomputation
+    repeats, and `host_compiled_s` and `host_compiled_again_s`, what a compiler leaves of both; and `bubble`, the idle share
+    of a step.
 
-    Habits. `keeps_products`: what recomputes keeps every product's output. `fused`: a compiler fuses elementwise chains,
+    Habits. `keeps_products`: what recomputes keeps every product's output. `waits_for_step`: the host launches nothing
+    until the optimizer's step is over. `fused`: a compiler fuses elementwise chains,
     `fused_loss` those of the loss too. Of attention: `attention_matrix` lies in memory, in fp32; `score_copy` a second time
     in the products' type; `expanded_heads`: each query head has its own copy of its KV head; `wide_groups_unfused`: grouped
     heads in fp32 fall back to the matrix; `attention_rate` of a fused forward pass, as a share of the matrix products'.
@@ -137,12 +144,16 @@ class Footprint:
     fused_loss: bool = False
     loss_in_place: bool = False
     one_pass_step: bool = False
+    waits_for_step: bool = False
     kept_losses: float = 0.0
     kept_outputs: float = 0.0
     master_bytes: float = 0.0
     step_bytes: float = 0.0
     step_traffic: float = 0.0
     gathered_step_bytes: float = 0.0
+    gathered_step_traffic: float = 0.0
+    step_flops: float = 0.0
+    step_launches: float = 0.0
     standing_numbers: float = 0.0
     gathered_numbers: float = 0.0
     visiting_blocks: float = 0.0
@@ -155,7 +166,7 @@ class Footprint:
     host_weights: float = 0.0
     host_return_bytes: float = 0.0
     host_updates: float = 0.0
-    host_activations: float = 0.0
+    host_blocks: float = 0.0
     wire_weights: float = 0.0
     wire_activations: float = 0.0
     wire_again: float = 0.0
@@ -170,6 +181,11 @@ class Footprint:
     host_compiled_again_s: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
+
+    @property
+    def loss_made_again(self) -> bool:
+        """Whether logits come in chunks that the backward pass makes anew."""
+        return self.logits_rows is not None and not self.loss_in_place
 
     @property
     def steps_narrow(self) -> bool:

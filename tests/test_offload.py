@@ -14,9 +14,10 @@ import torch
 
 from dyno.errors import RunFailure, Unsupported, UserError
 from dyno.measure.environment import Device
-from dyno.plan import predict
+from dyno.plan import memory, predict, shape_of
 from dyno.recipe import groups
 from dyno.stages import train
+from dyno.technique import of_ranks
 from dyno.techniques.offload import _files
 from dyno.techniques.offload._activations import Stasher
 from dyno.techniques.offload._files import FileState
@@ -247,6 +248,30 @@ def test_what_blocks_save_goes_once_and_comes_back_a_block_ahead():
     assert fetched == [4, 3, 2, 1, 0]
     assert all(not group.stashes and not group.leaving for group in groups[:3])
     assert all(not group.stashes for group in groups)
+
+
+@pytest.mark.parametrize(
+    "overrides, within",
+    [([], 0.02), (["attention=sdpa"], 0.02), (["precision=bf16"], 0.02), (["precision=bf16_master"], 0.02),
+     (["accumulation=gradients"], 0.05), (["checkpointing=uniform"], 0.15)],
+    ids=str,
+)  # fmt: skip
+def test_what_leaves_is_what_the_plan_says(overrides, within, tmp_path, monkeypatch):
+    sizes = {"layers": 5, "hidden": 64, "ffn_width": 192, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab_size": 257,
+             "tied_embeddings": False}  # fmt: skip
+    words = [f"model.{name}={value}" for name, value in sizes.items()]
+    run = prepared(tmp_path, "offload=activations", "offload.min_kib=1", "workload.seq=96", *words, *overrides, **sizes)
+    sent, send = [], Stasher._send
+
+    def recorded(self, group, storage):
+        sent.append(storage.nbytes())
+        return send(self, group, storage)
+
+    monkeypatch.setattr(Stasher, "_send", recorded)
+    train.Trainer(run, STREAM, {**WORKLOAD, "seq": 96}, seed=0).step()
+    shape = shape_of(run.recipe)
+    (share,) = of_ranks([t for chosen in run.recipe.techniques.values() for t in chosen], shape, CPU)
+    assert sum(sent) == pytest.approx(share.micro_batches * memory.leaving_bytes(shape, share, "cpu"), rel=within)
 
 
 def _inside(hooks, block, args):

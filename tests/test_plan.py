@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import tiny
 
-from dyno import cli
+from dyno import cli, plan
 from dyno.errors import UserError
 from dyno.measure.environment import Device
-from dyno.plan import predict, reasons, shape_of, time
+from dyno.plan import predict, reasons, shape_from, shape_of, time
 from dyno.recipe import compose
 from dyno.technique import Footprint, combined
 
@@ -137,6 +139,66 @@ def test_time_is_empty_where_no_ceiling_is_known(tmp_path, monkeypatch):
     (folder / "b.json").write_text("{")
     plan = predict(compose(["model=nano", "hardware=cpu"]), CPU)
     assert plan.step_s is not None and plan.step_s > 0 and "measured" in plan.to_json()["ceilings"]
+
+
+def step(*overrides: str) -> dict[str, float]:
+    base = ["model=1b", "precision=bf16", "workload.batch=2", "workload.seq=512", "hardware=h100", *overrides]
+    return predict(compose(base), GPU).time_terms
+
+
+def test_only_blocks_that_run_again_cost_their_passes_twice():
+    """Neither an optimizer's products nor a loss's are a forward pass of the blocks; kept products are not made again."""
+    plain, again, kept = step(), step("checkpointing=uniform"), step("checkpointing=selective")
+    assert again["products"] == pytest.approx(4 / 3 * plain["products"], rel=0.02)
+    assert kept["products"] == plain["products"] and kept["elementwise"] == again["elementwise"]
+    for other in (step("optimizer=muon"), step("loss=chunked")):
+        assert all(other[name] == plain[name] for name in ("products", "elementwise", "attention"))
+    assert step("loss=chunked")["head"] == pytest.approx(4 / 3 * plain["head"], rel=0.02)
+
+
+def test_an_optimizer_s_products_and_launches_are_its_step_s():
+    plain, muon, rounded = step(), step("optimizer=muon"), step("precision=bf16_stochastic")
+    assert muon["optimizer"] > 3 * plain["optimizer"] and muon["host"] > plain["host"] + 5e-3
+    assert step("optimizer=muon", "optimizer.iterations=1")["optimizer"] < 0.6 * muon["optimizer"]
+    tensors = shape_of(compose(["model=1b"])).tensors
+    assert rounded["host"] > step("precision=bf16_master")["host"] + 9 * tensors * time.STEP_LAUNCH_S * 0.99
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_are_the_model_s_parameters(tied, qk_norm):
+    from dyno.model.decoder import Decoder
+
+    config = tiny.config(tied_embeddings=tied, qk_norm=qk_norm)
+    shape = shape_from(config, compose(["workload=train"]).config["workload"])
+    assert shape.tensors == len(list(Decoder(config).parameters()))
+
+
+def test_a_host_that_waits_for_the_step_is_as_much_later():
+    small = ["workload.batch=1", "workload.seq=64"]
+    waiting, free = step("precision=fp16", *small), step(*small)
+    assert waiting["host"] > sum(waiting[name] for name in time.DEVICE)
+    assert waiting["fixed"] == pytest.approx(free["fixed"] + waiting["optimizer"]) and free["fixed"] == time.STEP_S
+    assert step("precision=fp16", "workload.batch=64")["fixed"] == time.STEP_S
+
+
+def test_gradients_of_more_micro_batches_are_added_on_the_host():
+    words = ["offload=optimizer", "workload.batch=8", "accumulation=gradients"]
+    one, four = (step(*words, f"accumulation.micro_batches={n}")["host update"] for n in (1, 4))
+    parameters = shape_of(compose(["model=1b"])).parameters
+    assert four - one == pytest.approx(3 * time.HOST_ADD * parameters)
+
+
+def test_offload_that_the_host_has_no_memory_for_is_told(monkeypatch):
+    recipe = compose(["model=8b", "offload=parameters", "workload.batch=1", "workload.seq=512", "precision=bf16"])
+    here = replace(GPU, uuid="GPU-0")
+    monkeypatch.setattr(plan, "memory_bytes", lambda: 64 * 2**30)
+    status, reason = predict(recipe, here).verdict()
+    assert status == "out_of_memory" and "of host memory, this machine has 64.0 GiB" in reason
+    assert predict(recipe, GPU).verdict() is None  # of a device that is not here nobody knows the host
+    monkeypatch.setattr(plan, "memory_bytes", lambda: 256 * 2**30)
+    found = predict(recipe, here)
+    assert found.verdict() is None and found.to_json()["host_bytes"] == found.host_bytes > 18 * 8e9
 
 
 def test_shares_combine_as_their_defaults_say():

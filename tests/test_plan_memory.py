@@ -39,6 +39,8 @@ CASES = {
                      "model.vocab_size=32000"], flash, 0.03),
     "chunked": (["precision=bf16", "attention=sdpa_flash", "workload.seq=1024", "loss=chunked",
                  "model.vocab_size=50304"], flash, 0.01),
+    "last norm": (["precision=bf16", "attention=sdpa_flash", "workload.batch=32", "workload.seq=1024", "model.layers=1",
+                   "model.ffn_width=768", "model.vocab_size=300"], flash, 0.01),
     "one chunk": (["precision=fp32", "attention=sdpa_efficient", "workload.seq=512", "loss=chunked",
                    "checkpointing=uniform", "model.vocab_size=50304"], expanded, 0.01),
 }  # fmt: skip

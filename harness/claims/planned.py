@@ -60,9 +60,8 @@ def on_one_rank(recipe: Recipe, device: Device) -> dict[str, float]:
 
     plan = predict(recipe, device)
     assert plan.shape is not None
-    host = sum(t.footprint(plan.shape, device).host_bytes for chosen in recipe.techniques.values() for t in chosen)
     found = {
-        "parameters": plan.shape.parameters, "device_bytes": device.memory_bytes, "host_bytes": host,
+        "parameters": plan.shape.parameters, "device_bytes": device.memory_bytes, "host_bytes": plan.host_bytes,
         "peak_memory_bytes": plan.peak_memory_bytes, "needed_bytes": plan.needed_bytes, "bubble": plan.bubble,
         "flops_per_step": plan.flops_per_step, "wire_bytes": plan.wire_bytes_per_step, "ranks": plan.ranks,
     }  # fmt: skip

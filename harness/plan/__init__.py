@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dyno.measure.environment import machine_id
+from dyno.measure.environment import machine_id, memory_bytes
 from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.plan import memory, time
 from dyno.plan.advice import memory_advice, time_advice
@@ -33,7 +33,7 @@ class Plan:
 
     `terms` are bytes by phase; `time_terms` seconds of a step, each as if alone, empty where no ceiling is known. Bands
     are relative errors that 19 of 20 predictions stay within, from calibration or, `uncalibrated`, a wide guess.
-    `largest_block_bytes` is that of the largest tensor that comes and goes.
+    `largest_block_bytes` is that of the largest tensor that comes and goes; `host_bytes` what all ranks offload at once.
     """
 
     shape: Shape | None
@@ -47,6 +47,7 @@ class Plan:
     ranks: int = 1
     machine: Machine | None = None
     largest_block_bytes: float = 0.0
+    host_bytes: float = 0.0
     memory_band: float = 0.0
     time_band: float = 0.0
     calibrated: bool = False
@@ -99,6 +100,12 @@ class Plan:
                 f"predicted: needs {self.needed_bytes / 2**30:.1f} GiB at the {self.phase}, "
                 f"{self.device.name} has {self.device.memory_bytes / 2**30:.1f} GiB"
             )
+        # A device with an identity is here, and so is its host.
+        if self.device.uuid and self.host_bytes > (there := memory_bytes()):
+            return "out_of_memory", (
+                f"predicted: offload takes {self.host_bytes / 2**30:.1f} GiB of host memory, this machine has "
+                f"{there / 2**30:.1f} GiB"
+            )
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +116,7 @@ class Plan:
             "reason": verdict[1] if verdict else None,
             "peak_memory_bytes": self.peak_memory_bytes or None,
             "needed_bytes": self.needed_bytes if self.terms else None,
+            "host_bytes": self.host_bytes or None,
             "binding_phase": self.phase or None,
             "terms_bytes": self.terms,
             "step_time_s": seconds,
@@ -199,6 +207,7 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     found = load(device.name, machine_id()), load(device.name)
     fits = {what: fit_of(found, what, "compiled" if share.fused else "eager") for what in ("memory", "time")}
     plan.terms = corrected_memory(memory.fullest(shape, prints, device.kind), fits["memory"])
+    plan.host_bytes = share.ranks * max(p.host_bytes + memory.leaving_bytes(shape, p, device.kind) for p in prints)
     plan.largest_block_bytes = max(memory.logits_bytes(shape, print_) for print_ in prints)
     if plan.machine:
         terms = time.slowest(shape, prints, plan.machine, device.kind)

@@ -90,6 +90,38 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
     )
 
 
+def kept_bytes(print_: Footprint, block: Block) -> float:
+    """Bytes a token that a block's forward pass leaves; where products are kept, of the scores that is QK' unscaled."""
+    if print_.keeps_products:
+        return print_.activation_factor * block.kept + block.product + block.inputs
+    return print_.activation_factor * (block.kept + block.scores)
+
+
+def leaving_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
+    """Bytes that a micro-batch sends to the host: what blocks keep, with their weights as cast, or only their inputs where
+    they run again."""
+    if not print_.host_blocks:
+        return 0.0
+    block, tokens = block_of(shape, print_, kind), shape.batch * shape.seq * print_.batch_factor
+    if print_.boundaries:
+        return print_.boundaries * block.boundary * print_.boundary_factor * tokens
+    weights = cast_width(print_) * (shape.linear_parameters - shape.vocab * shape.hidden) / shape.layers
+    return print_.host_blocks * (kept_bytes(print_, block) * tokens + weights) * print_.width_factor
+
+
+def casts_weights(print_: Footprint) -> bool:
+    """Whether the blocks' weights are cast for their products."""
+    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
+    return activation_width(print_) < stored and not comes_narrow(print_)
+
+
+def cast_width(print_: Footprint) -> float:
+    """Bytes of a number of a block's weights as its products keep it; 0 where they take it as it is."""
+    if print_.cast_bytes is not None:
+        return print_.cast_bytes
+    return activation_width(print_) if casts_weights(print_) else 0.0
+
+
 def activation_width(print_: Footprint) -> float:
     return FP32 if print_.activation_width is None else print_.activation_width
 
@@ -184,8 +216,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
     # cast again, and so do products with a cast of their own. A loss in chunks casts the head for itself.
     narrow = w if w < stored else 0.0
-    block_cast = 0.0 if comes_narrow(print_) else narrow  # bytes a number
-    block_cast = block_cast if print_.cast_bytes is None else print_.cast_bytes
+    block_cast = cast_width(print_)
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
     # Where blocks run again no graph keeps casts, only autocast does, until its forward pass is over.
     checkpointed = print_.recompute_blocks > 0
@@ -197,11 +228,9 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     block, layers = block_of(shape, print_, kind), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
     inside = (block.kept + block.scores) * per_block
-    # Where products are kept, of the scores that is QK' unscaled; the rest is made again.
-    kept_inside = print_.activation_factor * inside
+    kept_inside = kept_bytes(print_, block) * per_block
     recomputed = print_.recompute_blocks * inside
-    if print_.keeps_products:
-        kept_inside = (print_.activation_factor * block.kept + block.product + block.inputs) * per_block
+    if print_.keeps_products:  # the rest of the scores is made again
         recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
     kept = layers * kept_inside
     boundary = block.boundary * print_.boundary_factor * tokens
@@ -240,7 +269,9 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         block.attention * per_block + exchange * mlp_share * print_.gradient_factor,
     )
     # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
-    waiting = w * logits if print_.fused_loss and checkpointed else 0.0
+    # In chunks, so are all of them (three H200 records).
+    waiting = loss_backward if print_.loss_made_again else w * logits
+    waiting *= print_.fused_loss and checkpointed
     start = {
         **base,
         "logits": waiting + others,
@@ -252,6 +283,9 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "visiting weights": visiting,
         "temporaries": max(0.0, moments - block.norm * tokens),
     }
+    if not print_.fused:  # the final norm's backward pass, before any block's
+        chain = (4 if w < FP32 else 3) * FP32 * shape.hidden * tokens * min(1.0, print_.head_factor)
+        start = max(start, start | {"recomputed inside": 0.0, "temporaries": chain}, key=total)
     embedding = gradient * shape.vocab * shape.hidden * print_.width_factor
     behind = held * print_.gradient_factor * gradient - segment * one * gradient * print_.gradient_factor
     first = {

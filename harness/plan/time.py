@@ -7,10 +7,11 @@ link. An optimizer on the host steps when all of that is done. Letters are those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dyno.plan.machine import Machine
-from dyno.plan.memory import FP32, activation_width, comes_narrow, keeps_scores, masked
+from dyno.plan.memory import FP32, activation_width, casts_weights, keeps_scores, leaving_bytes, masked
 from dyno.technique import Footprint, Shape
 
 RAMP_S = 6e-6
@@ -23,6 +24,7 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
+CHUNK_KERNELS = {False: 10.0, True: 34.0}  # a chunk of a loss in chunks, where its logits are made again or not
 # Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
 # us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
 LAUNCH_S = {False: 20e-6, True: 30e-6}
@@ -30,6 +32,7 @@ LAUNCH_S = {False: 20e-6, True: 30e-6}
 # 41 records of H100s and H200s.
 COMPILED_CALL_S = 1.2e-3
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
+STEP_LAUNCH_S = 10e-6  # of an optimizer's kernel: no module, no graph
 STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
 # Bytes a number of the queries by a part of a ring's sequence, for its share of the output and of the gradients, in fp32:
@@ -38,12 +41,15 @@ MERGE_BYTES = (13.0, 16.0)
 # Bytes a number of what products with a cast of their own are given: its largest magnitude, read and cast along both of its
 # dimensions, which a compiler fuses in part. Eager set to 25 random recipes in fp8.
 CAST_BYTES = {False: 12.0, True: 4.0}
+# Bytes a logit in chunks, eager, counted off `kernels/linear_cross_entropy.py`: fp32 of them, their log-sum, their slope.
+CHUNKED_LOSS = {False: 62.0, True: 74.0}
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
 OVERLAP = 0.75  # of the gradients and weights on the wire, behind the device's work: 1b by DDP on two H100s
 
 HOST_ADAM = 28 / 1e11  # s a parameter: 28 bytes of weight, moments, gradient by a server's memory (H100 hosts: 0.27 ns)
+HOST_ADD = 12 / 1e11  # s a parameter: the gradients of one more micro-batch, read and added there
 HOST_STEP_S = 0.04  # and whatever their number: norms, pieces, threads that wake up (models of 11 to 90 M, 10 runs)
 TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (four H100 and H200 records)
 
@@ -73,6 +79,34 @@ def attention_share(print_: Footprint, keys: float) -> float:
     return (print_.attention_rate or ATTENTION) * keys / (keys + EDGE_KEYS)
 
 
+def forwards_again(print_: Footprint) -> float:
+    """Forward passes of the blocks that run again with their products."""
+    return 0.0 if print_.keeps_products else print_.blocks_again
+
+
+def launches_s(shape: Shape, print_: Footprint) -> float:
+    """Seconds in which the host launches a step's kernels on a GPU."""
+    fused, again = print_.fused, forwards_again(print_)
+    calls = shape.layers * print_.layer_factor * print_.micro_batches
+    kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
+    if keeps_scores(shape, print_) and not fused:
+        kernels += UNFUSED_KERNELS * (3 + again)
+    if casts_weights(print_) and not fused:
+        kernels += 7 * (2 + again)
+    host = LAUNCH_S[fused] * kernels * calls * print_.host_factor
+    if print_.logits_rows and not print_.fused_loss:
+        tokens = shape.batch * shape.seq * print_.batch_factor
+        chunks = print_.micro_batches * math.ceil(tokens / print_.logits_rows) * print_.head_factor
+        host += LAUNCH_S[False] * CHUNK_KERNELS[print_.loss_made_again] * chunks
+    if fused:
+        host += print_.host_compiled_s + again * print_.host_compiled_again_s
+        if not print_.fused_loss:  # block by block
+            host += COMPILED_CALL_S * calls * (1 + again / 2)
+    else:
+        host = host * AUTOGRAD + print_.host_s + again * print_.host_again_s
+    return host + STEP_LAUNCH_S * print_.step_launches * print_.layer_factor
+
+
 def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
     """Seconds of a step on one rank by term, each as if it were alone. A dtype without a ceiling takes fp32's."""
     w, fused = activation_width(print_), print_.fused
@@ -86,7 +120,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     layers = shape.layers * print_.layer_factor
     h, f = shape.hidden, shape.ffn * tensor
     width, keys = shape.heads * shape.head_dim * tensor, shape.kv_heads * shape.head_dim * tensor
-    again = max(0.0, 3 * (print_.flops_factor - 1))  # forward passes recomputed
+    again, products_again = print_.blocks_again, forwards_again(print_)
     calls = layers * micro
 
     def product(m: float, n: float, k: float, rate: float = block_rate) -> float:
@@ -96,7 +130,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     forward = sum(product(tokens, n, k) for n, k in pairs)
     backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
     vocab = shape.vocab * tensor
-    ends = ((tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens))
+    ends = [(tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens)]
+    ends += ends[:1] * print_.loss_made_again
     head = sum(product(m, n, k, flop_per_s) for m, n, k in ends) * print_.head_factor
 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
@@ -104,7 +139,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if unfused:
         wide = max(rates["fp32"], TF32_SCORES * flop_per_s if dtype == "tf32" else 0.0)
         whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else wide)
-        attention = whole * (3 + again)
+        attention = whole * (3 + products_again)
         scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
     else:
         # Narrow heads feed the tensor cores badly; in fp32 there are none, and a kernel comes near the products' rate.
@@ -112,7 +147,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         rate = narrow if mixed else 0.9 * rates["fp32"]
         # What a mask in memory hides is computed too: 2.3x causal attention's time by cuDNN on an H100, at 8 x 2048.
         seen = 4.0 if masked(print_) else 2.0 * (print_.document_share if print_.skips_documents else 1.0)
-        attention = seen * pairs_seen * shape.head_dim / rate * (1 + again + BACKWARD_ATTENTION)
+        attention = seen * pairs_seen * shape.head_dim / rate * (1 + products_again + BACKWARD_ATTENTION)
         scores = 0.0
 
     norm = 4 * w if fused else (34.0 if mixed else 28.0)
@@ -129,6 +164,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes + merged) / machine.memory
     elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
+    if print_.loss_made_again:
+        logit = 8 * w if print_.fused_loss else CHUNKED_LOSS[mixed]
     logit = logit if print_.loss_passes is None else w * print_.loss_passes
     loss = micro * tokens * vocab * logit / machine.memory * print_.head_factor
 
@@ -136,41 +173,33 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
     state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
-    casts = w < stored and not comes_narrow(print_)  # of the blocks; autocast casts the head all the same
+    casts = casts_weights(print_)  # of the blocks; autocast casts the head all the same
     cast = shape.linear_parameters * split if casts else shape.vocab * h * tensor * print_.head_factor
     weights = micro * cast * (2 * (stored + w) if w < stored else 0.0) / machine.memory
     weights += micro * shape.linear_parameters * split * (3 * gradient if micro > 1 else 0.0) / machine.memory
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     moved += 0.0 if print_.steps_narrow else print_.step_traffic
-    optimizer = mine * moved / machine.memory
+    optimizer = (mine * moved + print_.gathered_step_traffic * print_.layer_factor) / machine.memory
+    optimizer += print_.step_flops * print_.layer_factor / (rates.get("bf16") or flop_per_s)
 
-    kernels = PASSES[fused][0] * (1 + again) + PASSES[fused][1]
-    if unfused and not fused:
-        kernels += UNFUSED_KERNELS * (3 + again)
-    if casts and not fused:
-        kernels += 7 * (2 + again)
-    host = LAUNCH_S[fused] * kernels * calls * print_.host_factor if kind == "cuda" else 0.0
-    if kind == "cuda" and fused:
-        host += print_.host_compiled_s + again * print_.host_compiled_again_s
-        if not print_.fused_loss:  # block by block
-            host += COMPILED_CALL_S * calls * (1 + again / 2)
-    elif kind == "cuda":
-        host = host * AUTOGRAD + print_.host_s + again * print_.host_again_s
-    away = print_.host_activations * tokens  # or, where blocks are recomputed, only their inputs
-    if away and print_.boundaries:
-        away = print_.boundaries * h * tokens
+    host = launches_s(shape, print_) if kind == "cuda" else 0.0
     per_s = LINK_REACHED * machine.link.bytes_per_s
-    link = micro * (print_.host_traffic_bytes + w * print_.host_weights + 2 * w * away)  # `away` also comes back
-    return {
-        "products": calls * (forward * (1 + again) + backward), "head": micro * head,
+    link = micro * (print_.host_traffic_bytes + w * print_.host_weights + 2 * leaving_bytes(shape, print_, kind))
+    terms = {
+        "products": calls * (forward * (1 + products_again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
         "offload": link / machine.host_bytes_per_s,
         "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s)
+        + HOST_ADD * print_.host_updates * (micro - 1)
         + HOST_STEP_S * (kind == "cuda" and print_.host_updates > 0),
     }  # fmt: skip
+    if print_.waits_for_step:  # the host launches nothing while the optimizer runs
+        late = host - sum(terms[name] for name in DEVICE if name != "optimizer")
+        terms["fixed"] += min(optimizer, max(0.0, late))
+    return terms
 
 
 def slowest(shape: Shape, prints: Sequence[Footprint], machine: Machine, kind: str) -> dict[str, float]:

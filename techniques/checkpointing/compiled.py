@@ -32,9 +32,11 @@ class Budget(Recomputing):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """In proportion, as a guess: the compiler decides, and `recomputed_flops` says what it took."""
+        again = max(0.0, 1 - self.budget)
         return Footprint(
             activation_factor=max(self.budget, 0.0),
-            flops_factor=1 + max(0.0, 1 - self.budget) * blocks_share(shape) / 3,
+            blocks_again=again,
+            flops_factor=1 + again * blocks_share(shape) / 3,
         )
 
     def apply(self, run: Run) -> None:

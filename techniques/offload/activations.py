@@ -42,14 +42,9 @@ class HostActivations(Offload):
         return super().unsupported(recipe, device)
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Two blocks are on the way beside those that stay. Host bytes are for 32 bits and one micro-batch: at most."""
+        """Two blocks are on the way beside those that stay."""
         stay = min(1.0, (self.keep_blocks + 2) / shape.layers)
-        gone = (14.0 * shape.hidden + 4.0 * shape.ffn) * max(0, shape.layers - self.keep_blocks)  # numbers a token
-        return Footprint(
-            stay_factor=stay,
-            host_bytes=4.0 * gone * shape.batch * shape.seq,
-            host_activations=gone,
-        )
+        return Footprint(stay_factor=stay, host_blocks=max(0, shape.layers - self.keep_blocks))
 
     def apply(self, run: Run) -> None:
         from dyno.techniques.offload._activations import Stasher

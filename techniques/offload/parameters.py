@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape
-from dyno.techniques.offload.states import GRADIENT, STATE, HostOptimizer
+from dyno.techniques.offload.states import GRADIENT, STATE, HostOptimizer, arriving
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ class HostParameters(HostOptimizer):
             super().footprint(shape, device),
             parameter_factor=outside / shape.parameters,
             visiting_blocks=2.0,
-            host_bytes=(STATE + GRADIENT + 2.0) * shape.parameters,
+            host_bytes=(STATE + arriving(shape) + 2.0) * shape.parameters,
             host_weights=2 * shape.layers * block,
             host_return_bytes=GRADIENT * outside,
         )

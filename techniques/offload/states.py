@@ -24,6 +24,11 @@ STATE = 12.0  # bytes a parameter: fp32 master and two moments
 GRADIENT = 4.0
 
 
+def arriving(shape: Shape) -> float:
+    """Bytes a parameter of gradients on the host: their sum, and those of a later micro-batch."""
+    return GRADIENT * min(2, shape.micro_batches)
+
+
 @dataclass
 class Offload(Technique):
     """What every way of offloading shares: reasons. Source: the classes below."""
@@ -72,7 +77,7 @@ class HostOptimizer(Offload):
             optimizer_factor=0.0,
             gradient_factor=min(1.0, shape.vocab * shape.hidden / shape.parameters),
             earlier_gradients=0.0,
-            host_bytes=(STATE + GRADIENT) * shape.parameters,
+            host_bytes=(STATE + arriving(shape)) * shape.parameters,
             host_traffic_bytes=GRADIENT * shape.parameters,
             host_return_bytes=GRADIENT * shape.parameters,
             host_updates=float(shape.parameters),
@@ -143,7 +148,7 @@ class FileOptimizer(HostOptimizer):
         from dataclasses import replace
 
         pieces = 3 * 3 * self.chunk_mib * 2.0**20
-        return replace(super().footprint(shape, device), host_bytes=GRADIENT * shape.parameters + pieces)
+        return replace(super().footprint(shape, device), host_bytes=arriving(shape) * shape.parameters + pieces)
 
     def state(self, run: Run, numbers: int, side: Side) -> State:
         from dyno.techniques.offload._files import FileState

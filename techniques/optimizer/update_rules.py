@@ -33,7 +33,7 @@ class AdamW8bit(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(optimizer_bytes=2 + 2 * 4 / 256, one_pass_step=True)
+        return Footprint(optimizer_bytes=2 + 2 * 4 / 256, one_pass_step=True, step_launches=shape.tensors)
 
     def apply(self, run: Run) -> None:
         from dyno.techniques.optimizer._single_pass import AdamW8bit as Optimizer
@@ -55,7 +55,7 @@ class SinglePassAdamW(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        return Footprint(one_pass_step=True)
+        return Footprint(one_pass_step=True, step_launches=shape.tensors)
 
     def apply(self, run: Run) -> None:
         from dyno.techniques.optimizer._single_pass import SinglePassAdamW as Optimizer
@@ -99,23 +99,24 @@ class Muon(Technique):
         """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs.
 
         Matrices of a shape step together: in fp32, and twice in bf16 with four squares of their smaller side, or four
-        times with one.
+        times with one. Passes over memory and launches are counted off `_muon.py`.
         """
         hidden = shape.linear_parameters - shape.vocab * shape.hidden
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        sizes = [(width, 2), (kv, 2), (shape.ffn, 3)]
-        pairs = [(min(shape.hidden, n), max(shape.hidden, n), count) for n, count in sizes]
-        flops = shape.layers * self.iterations * sum(n * (4.0 * r * r * c + 2.0 * r**3) for r, c, n in pairs)
+        iterations = max(0, self.iterations)
+        squares = flops = launches = largest = 0.0
+        for n, count in ((width, 2), (kv, 2), (shape.ffn, 3)):
+            r, c, matrices = min(shape.hidden, n), max(shape.hidden, n), shape.layers * count
+            flops += matrices * iterations * (4.0 * r * r * c + 2.0 * r**3)
+            squares += matrices * float(r * r)
+            together = min(2 * shape.layers, max(1, BATCH // (r * c)))  # two of a layer, as gate and up are
+            launches += 8.0 * matrices + (6.0 + 8.0 * iterations) * matrices / together
+            largest = max(largest, together * max(8.0 * r * c + 8.0 * r * r, 12.0 * r * c + 2.0 * r * r))
+        traffic = hidden * (70.0 + 10.0 * iterations) + squares * 14.0 * iterations
         step = 6.0 * shape.linear_parameters * shape.batch * shape.seq
-
-        def together(n: int) -> float:  # bytes of a batch of (n, hidden), of which a layer has two, as gate and up are
-            many = min(2 * shape.layers, max(1, BATCH // (shape.hidden * n)))
-            one, square = float(shape.hidden * n), float(min(shape.hidden, n) ** 2)
-            return many * max(8 * one + 8 * square, 12 * one + 2 * square)
-
         return Footprint(
-            optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + max(0.0, flops) / step,
-            gathered_step_bytes=max(together(n) for n, _ in sizes),
+            optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + flops / step,
+            gathered_step_bytes=largest, gathered_step_traffic=traffic, step_flops=flops, step_launches=launches,
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:

@@ -31,6 +31,7 @@ EXCHANGE_S = 1.10e-3  # an all-to-all of Ulysses with the copies that order its 
 
 TENSORS = 9  # weights of a block
 PART_S = 40e-6  # of a sharded weight, to find this rank's part of it, its gradient and its moments
+AGAIN = 0.5  # of a forward pass's dispatches and collectives, where blocks run again (seven layouts of H200s)
 BLOCK_DISPATCHES = 171  # of a block by tensor parallel, a third of them in its forward pass
 
 
@@ -49,7 +50,7 @@ def seconds(layout: Mesh, shape: Shape, part: Part, compiled: bool = False) -> t
         settled = 2 if layout.sequence_parallel else 0  # gradients of norms that saw a part of the tokens
         dispatches = 0.0 if compiled else BLOCK_DISPATCHES * DISPATCH_S
         calls += part.layers * (dispatches + (gathers + settled) * COLLECTIVE_S[compiled])
-        again += part.layers * (dispatches / 3 + gathers / 2 * COLLECTIVE_S[compiled])
+        again += AGAIN * part.layers * (dispatches / 3 + gathers / 2 * COLLECTIVE_S[compiled])
     if layout.pp > 1:
         calls += 2 * part.boundaries * MESSAGE_S + _stages.stages_per_rank(layout) * STAGE_S
         calls += part.layers * SPLIT_S * (layout.schedule in _stages.SPLIT_BACKWARD)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dyno.stages.shards import local
-from dyno.techniques.precision.bf16_weights import CHUNK
-
-PIECE = 2**23  # values that are rounded at once: their noise and its sum take 13 bytes each
+from dyno.techniques.precision.bf16_weights import CHUNK, PIECE
 
 
 class WideOptimizer(torch.optim.Optimizer):

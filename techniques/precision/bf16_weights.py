@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 2**26  # parameters whose fp32 copies of weight and gradient exist at once during a step
+PIECE = 2**23  # values that are rounded at random at once: their noise and its sum take 13 bytes each
 
 
 def stepped_together(shape: Shape) -> float:
@@ -26,7 +27,9 @@ def stepped_together(shape: Shape) -> float:
 
 def masters(shape: Shape) -> Footprint:
     """Of fp32 masters of 16-bit weights, which are kept, and of gradients, which are widened for a chunk's step."""
-    return Footprint(master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0)
+    return Footprint(
+        master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0, step_launches=2.0 * shape.tensors
+    )  # fmt: skip
 
 
 @dataclass
@@ -76,9 +79,13 @@ class Bf16Stochastic(Bf16Master):
     """
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
+        largest = float(shape.vocab * shape.hidden)
+        # What the first tensor is rounded to comes beside its chunk's copies, but its own wide gradient is gone by then.
+        rounding = max(0.0, 13 * min(float(PIECE), largest) - 2 * largest)
         return Footprint(
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
-            step_bytes=8.0 * stepped_together(shape), step_traffic=60.0,  # 48 of them by the rounding
+            step_bytes=8.0 * stepped_together(shape) + rounding, step_traffic=60.0,  # 48 of them by the rounding
+            step_launches=11.0 * shape.tensors,
         )  # fmt: skip
 
     @property

@@ -64,7 +64,9 @@ class Autocast(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         name = "bf16" if self.dtype == "bfloat16" else "fp16"
-        return Footprint(weight_bytes=2.0, activation_width=2.0, matmul_dtype=name)
+        return Footprint(
+            weight_bytes=2.0, activation_width=2.0, matmul_dtype=name, waits_for_step=self.loss_scaling
+        )  # fmt: skip
 
     def apply(self, run: Run) -> None:
         import torch
