@@ -100,10 +100,11 @@ def as_planned(folders: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def repeats(folders: list[str], audited: list[str]) -> dict[str, float | int] | None:
-    """How far two timings of one recipe lie apart: as drawn, and again under an audit that it passed."""
+    """How far two timings of one recipe by today's step lie apart: as drawn, and again under an audit that it passed."""
+    old = {run for folder in (*folders, *audited) for run in outdated(Path(folder))}
 
     def steps(where: list[str]) -> dict[str, float]:
-        finished = [(folder, row) for folder, row in done(where) if row["status"] == "ok"]
+        finished = [(folder, row) for folder, row in done(where) if row["status"] == "ok" and row["id"] not in old]
         read = {
             row["key"].partition("/audit")[0]: folder / "runs" / row["id"] / "record.json" for folder, row in finished
         }

@@ -49,7 +49,7 @@ def table(study: Path, drawn: list[Path], published: Path, served: Path, split: 
                 for metric, name in (("memory", "peak memory"), ("time", "step time")):
                     found = planned[metric]
                     lines.append(
-                        f"| {name} of a fresh draw on one {device}, as planned before its runs | {found['runs']} | "
+                        f"| {name} of fresh draw {draw} on one {device}, as planned before its runs | {found['runs']} | "
                         f"{found['median']:.1%} | {found['p95']:.1%} (95% of them) |"
                     )
         ends = random["outcomes"]

@@ -70,13 +70,13 @@ def test_allocations_count_storages_once_and_give_them_back():
 
 
 def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
-    """348 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 4%, and 95% within 6.5%."""
+    """523 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 4%, and 95% within 6.5%."""
     where = [RECORDS / gpu / "planner" for gpu in ("h100", "h200")]
     found = [calibrate.read(path) for path in where]
     old = {run for path in where for run in outdated(path)}
     samples = [sample for some, _ in found for sample in some if sample.id not in old]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
-    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 348
+    assert sum(left_out for _, left_out in found) == 0 and len(errors) == 523
     assert np.median(errors) < 0.003 and np.quantile(errors, 0.9) < 0.04 and np.quantile(errors, 0.95) < 0.065
 
 
