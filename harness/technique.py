@@ -72,9 +72,9 @@ class Footprint:
     and `earlier_gradients`, the share of the gradients that micro-batches before have left by then.
 
     Amounts. `master_bytes` a parameter of a wider copy; of the copies that the optimizer's step makes of weights and
-    gradients `step_bytes` at once and `step_traffic` bytes a parameter, neither where there are masters and a
-    `one_pass_step`; of an optimizer that takes whole weights on every rank `gathered_step_bytes` at once and
-    `gathered_step_traffic` in all; an optimizer's `step_flops`, in bf16, and its `step_launches` beside a fused step's;
+    gradients `step_bytes` at once, `step_traffic` bytes a parameter and `cast_launches`, none of them where there are
+    masters and a `one_pass_step`; of an optimizer that takes whole weights on every rank `gathered_step_bytes` at once and
+    `gathered_traffic_bytes` in all; an optimizer's `step_flops`, in bf16, and its `step_launches` beside a fused step's;
     `boundaries`: block inputs kept instead of the blocks' insides; `standing_numbers` of a parameter's width, and
     `gathered_numbers` of an activation's, all step long beside weights and gradients; `visiting_blocks` whose weights are
     on the device, of an activation's width, as long as blocks compute; `recompute_blocks` whose inside the backward pass
@@ -151,9 +151,10 @@ class Footprint:
     step_bytes: float = 0.0
     step_traffic: float = 0.0
     gathered_step_bytes: float = 0.0
-    gathered_step_traffic: float = 0.0
+    gathered_traffic_bytes: float = 0.0
     step_flops: float = 0.0
     step_launches: float = 0.0
+    cast_launches: float = 0.0
     standing_numbers: float = 0.0
     gathered_numbers: float = 0.0
     visiting_blocks: float = 0.0

@@ -6,6 +6,7 @@ knows none by name. Everything here is predicted, and labelled so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class Plan:
 
     `terms` are bytes by phase; `time_terms` seconds of a step, each as if alone, empty where no ceiling is known. Bands
     are relative errors that 19 of 20 predictions stay within, from calibration or, `uncalibrated`, a wide guess.
-    `largest_block_bytes` is that of the largest tensor that comes and goes; `host_bytes` what all ranks offload at once.
+    `largest_block_bytes` is that of the largest tensor that comes and goes; `host_bytes` what is offloaded.
     """
 
     shape: Shape | None
@@ -75,6 +76,13 @@ class Plan:
         return self.peak_memory_bytes * (1 + SLACK) + beside
 
     @property
+    def host_room(self) -> float:
+        """Host memory for what is offloaded: what a CPU's own needs leave, or all of the host of a GPU that is here."""
+        if self.device.kind == "cpu":
+            return self.device.memory_bytes - self.needed_bytes
+        return float(memory_bytes()) if self.device.uuid else math.inf
+
+    @property
     def step_s(self) -> float | None:
         return time.step_s(self.time_terms, self.bubble) if self.time_terms else None
 
@@ -100,11 +108,10 @@ class Plan:
                 f"predicted: needs {self.needed_bytes / 2**30:.1f} GiB at the {self.phase}, "
                 f"{self.device.name} has {self.device.memory_bytes / 2**30:.1f} GiB"
             )
-        # A device with an identity is here, and so is its host.
-        if self.device.uuid and self.host_bytes > (there := memory_bytes()):
+        if self.host_bytes > (room := self.host_room):
             return "out_of_memory", (
-                f"predicted: offload takes {self.host_bytes / 2**30:.1f} GiB of host memory, this machine has "
-                f"{there / 2**30:.1f} GiB"
+                f"predicted: what is offloaded takes {self.host_bytes / 2**30:.1f} GiB of host memory, there are "
+                f"{room / 2**30:.1f} GiB"
             )
         return None
 
@@ -207,7 +214,7 @@ def predict(recipe: Recipe, device: Device) -> Plan:
     found = load(device.name, machine_id()), load(device.name)
     fits = {what: fit_of(found, what, "compiled" if share.fused else "eager") for what in ("memory", "time")}
     plan.terms = corrected_memory(memory.fullest(shape, prints, device.kind), fits["memory"])
-    plan.host_bytes = share.ranks * max(p.host_bytes + memory.leaving_bytes(shape, p, device.kind) for p in prints)
+    plan.host_bytes = max(memory.offloaded_bytes(shape, p, device.kind) for p in prints)
     plan.largest_block_bytes = max(memory.logits_bytes(shape, print_) for print_ in prints)
     if plan.machine:
         terms = time.slowest(shape, prints, plan.machine, device.kind)

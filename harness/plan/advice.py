@@ -30,7 +30,7 @@ FOR_TIME = {
     "optimizer": "larger batches: the optimizer's step costs the same for any",
     "host": "larger micro-batches or compile: the host launches small kernels more slowly than the device ends them",
     "fixed": "larger batches",
-    "host update": "offload=none with a smaller state (optimizer), or larger batches",
+    "host update": "offload=none with a smaller state (optimizer), or larger batches: the host steps once for any",
     "wire": "more compute a rank, or a layout that sends less",
     "waited": "fewer tensor or context ranks: nothing hides what these send",
     "offload": "larger batches, or less on the host",
@@ -40,12 +40,15 @@ FOR_TIME = {
 def memory_advice(terms: dict[str, float]) -> str:
     """The largest term of the binding phase and what would shrink it."""
     name = max(terms, key=lambda term: terms[term])
-    return f"{name} are {terms[name] / sum(terms.values()):.0%} of it: {FOR_MEMORY[name]}"
+    return f"{terms[name] / sum(terms.values()):.0%} of it is {name}: {FOR_MEMORY[name]}"
 
 
 def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
-    """Device, host or link, whichever binds; on the device its largest term; and what would shrink it."""
+    """What the step waits for longest, device, host, link or the host's optimizer; on the device its largest term; and
+    what would shrink it."""
     busy = sum(terms[name] for name in device)
     waits = max(("host", "offload", "wire", "waited"), key=lambda name: terms[name])
-    name = waits if terms[waits] > busy else max(device, key=lambda term: terms[term])
-    return f"{name} take {terms[name] / max(busy, terms[waits]):.0%} of it: {FOR_TIME[name]}"
+    name, beside = waits if terms[waits] > busy else max(device, key=lambda term: terms[term]), terms["host update"]
+    if beside > max(busy, terms[waits]):
+        name = "host update"
+    return f"{terms[name] / (max(busy, terms[waits]) + beside):.0%} of it is {name}: {FOR_TIME[name]}"

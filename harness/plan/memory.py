@@ -99,12 +99,12 @@ def kept_bytes(print_: Footprint, block: Block) -> float:
 
 def leaving_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
     """Bytes that a micro-batch sends to the host: what blocks keep, with their weights as cast, or only their inputs where
-    they run again."""
+    they run again. At most, where some blocks keep more than others."""
     if not print_.host_blocks:
         return 0.0
     block, tokens = block_of(shape, print_, kind), shape.batch * shape.seq * print_.batch_factor
     if print_.boundaries:
-        return print_.boundaries * block.boundary * print_.boundary_factor * tokens
+        return print_.boundaries * print_.host_blocks / shape.layers * block.boundary * print_.boundary_factor * tokens
     weights = cast_width(print_) * (shape.linear_parameters - shape.vocab * shape.hidden) / shape.layers
     return print_.host_blocks * (kept_bytes(print_, block) * tokens + weights) * print_.width_factor
 
@@ -113,6 +113,14 @@ def casts_weights(print_: Footprint) -> bool:
     """Whether the blocks' weights are cast for their products."""
     stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     return activation_width(print_) < stored and not comes_narrow(print_)
+
+
+def offloaded_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
+    """Host memory of everything that is not on the device, before an allocator rounds it up: state, gradients, copies of
+    the blocks' weights as they travel where that is not as masters, and activations."""
+    w = activation_width(print_)
+    copies = w * print_.host_weights / 2 if w < FP32 else 0.0  # every block comes twice
+    return print_.host_bytes + copies + leaving_bytes(shape, print_, kind)
 
 
 def cast_width(print_: Footprint) -> float:
@@ -269,7 +277,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         block.attention * per_block + exchange * mlp_share * print_.gradient_factor,
     )
     # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
-    # In chunks, so are all of them (three H200 records).
+    # In chunks, at most all of them; Inductor does not always (docs/LOG.md).
     waiting = loss_backward if print_.loss_made_again else w * logits
     waiting *= print_.fused_loss and checkpointed
     start = {

@@ -24,7 +24,7 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
-CHUNK_KERNELS = {False: 10.0, True: 34.0}  # a chunk of a loss in chunks, where its logits are made again or not
+CHUNK_KERNELS = {False: 10.0, True: 34.0}  # a chunk of a loss: in place, or with logits that are made again
 # Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
 # us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
 LAUNCH_S = {False: 20e-6, True: 30e-6}
@@ -42,7 +42,7 @@ MERGE_BYTES = (13.0, 16.0)
 # dimensions, which a compiler fuses in part. Eager set to 25 random recipes in fp8.
 CAST_BYTES = {False: 12.0, True: 4.0}
 # Bytes a logit in chunks, eager, counted off `kernels/linear_cross_entropy.py`: fp32 of them, their log-sum, their slope.
-CHUNKED_LOSS = {False: 62.0, True: 74.0}
+CHUNKED_LOSS = {False: 56.0, True: 74.0}
 EDGE_KEYS = 1000.0  # as many more a query costs: tiles on the diagonal, a tile's start and end (1k to 128k, two H100s)
 ATTENTION = 0.53  # of the products' rate, by a fused forward pass over many keys: FlashAttention-2 on an H100
 LINK_REACHED = 0.66  # of a data sheet's link: NCCL moves 298 of 450 GB/s round a ring of two H100s
@@ -99,12 +99,13 @@ def launches_s(shape: Shape, print_: Footprint) -> float:
         chunks = print_.micro_batches * math.ceil(tokens / print_.logits_rows) * print_.head_factor
         host += LAUNCH_S[False] * CHUNK_KERNELS[print_.loss_made_again] * chunks
     if fused:
-        host += print_.host_compiled_s + again * print_.host_compiled_again_s
+        host += print_.host_compiled_s + print_.blocks_again * print_.host_compiled_again_s
         if not print_.fused_loss:  # block by block
             host += COMPILED_CALL_S * calls * (1 + again / 2)
     else:
-        host = host * AUTOGRAD + print_.host_s + again * print_.host_again_s
-    return host + STEP_LAUNCH_S * print_.step_launches * print_.layer_factor
+        host = host * AUTOGRAD + print_.host_s + print_.blocks_again * print_.host_again_s
+    launches = print_.step_launches + (0.0 if print_.steps_narrow else print_.cast_launches)
+    return host + STEP_LAUNCH_S * launches * print_.layer_factor
 
 
 def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
@@ -180,8 +181,9 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     moved += 0.0 if print_.steps_narrow else print_.step_traffic
-    optimizer = (mine * moved + print_.gathered_step_traffic * print_.layer_factor) / machine.memory
-    optimizer += print_.step_flops * print_.layer_factor / (rates.get("bf16") or flop_per_s)
+    optimizer = (mine * moved + print_.gathered_traffic_bytes * print_.layer_factor) / machine.memory
+    step_rate = rates.get("bf16" if kind == "cuda" else "fp32") or flop_per_s
+    optimizer += print_.step_flops * print_.layer_factor / step_rate
 
     host = launches_s(shape, print_) if kind == "cuda" else 0.0
     per_s = LINK_REACHED * machine.link.bytes_per_s
@@ -197,7 +199,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
         + HOST_STEP_S * (kind == "cuda" and print_.host_updates > 0),
     }  # fmt: skip
     if print_.waits_for_step:  # the host launches nothing while the optimizer runs
-        late = host - sum(terms[name] for name in DEVICE if name != "optimizer")
+        late = host - terms["waited"] - sum(terms[name] for name in DEVICE if name != "optimizer")
         terms["fixed"] += min(optimizer, max(0.0, late))
     return terms
 

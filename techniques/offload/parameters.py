@@ -48,7 +48,7 @@ class HostParameters(HostOptimizer):
             super().footprint(shape, device),
             parameter_factor=outside / shape.parameters,
             visiting_blocks=2.0,
-            host_bytes=(STATE + arriving(shape) + 2.0) * shape.parameters,
+            host_bytes=(STATE + arriving(shape)) * shape.parameters,
             host_weights=2 * shape.layers * block,
             host_return_bytes=GRADIENT * outside,
         )

@@ -99,7 +99,8 @@ class Muon(Technique):
         """4 bytes a hidden parameter and 8 another. An iteration on (r, c), r <= c, is 4 r^2 c + 2 r^3 FLOPs.
 
         Matrices of a shape step together: in fp32, and twice in bf16 with four squares of their smaller side, or four
-        times with one. Passes over memory and launches are counted off `_muon.py`.
+        times with one. Passes over memory, beside those of a fused step, and launches are counted off `_muon.py`; more launches
+        where 16-bit weights step in chunks of several shapes.
         """
         hidden = shape.linear_parameters - shape.vocab * shape.hidden
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -112,11 +113,11 @@ class Muon(Technique):
             together = min(2 * shape.layers, max(1, BATCH // (r * c)))  # two of a layer, as gate and up are
             launches += 8.0 * matrices + (6.0 + 8.0 * iterations) * matrices / together
             largest = max(largest, together * max(8.0 * r * c + 8.0 * r * r, 12.0 * r * c + 2.0 * r * r))
-        traffic = hidden * (70.0 + 10.0 * iterations) + squares * 14.0 * iterations
+        traffic = hidden * (50.0 + 10.0 * iterations) + squares * 14.0 * iterations
         step = 6.0 * shape.linear_parameters * shape.batch * shape.seq
         return Footprint(
             optimizer_bytes=8 - 4 * hidden / shape.parameters, flops_factor=1 + flops / step,
-            gathered_step_bytes=largest, gathered_step_traffic=traffic, step_flops=flops, step_launches=launches,
+            gathered_step_bytes=largest, gathered_traffic_bytes=traffic, step_flops=flops, step_launches=launches,
         )  # fmt: skip
 
     def apply(self, run: Run) -> None:

@@ -28,7 +28,7 @@ def stepped_together(shape: Shape) -> float:
 def masters(shape: Shape) -> Footprint:
     """Of fp32 masters of 16-bit weights, which are kept, and of gradients, which are widened for a chunk's step."""
     return Footprint(
-        master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0, step_launches=2.0 * shape.tensors
+        master_bytes=4.0, step_bytes=4.0 * stepped_together(shape), step_traffic=12.0, cast_launches=2.0 * shape.tensors
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ class Bf16Stochastic(Bf16Master):
         return Footprint(
             weight_bytes=2.0, parameter_bytes=2.0, gradient_bytes=2.0, activation_width=2.0, matmul_dtype="bf16",
             step_bytes=8.0 * stepped_together(shape) + rounding, step_traffic=60.0,  # 48 of them by the rounding
-            step_launches=11.0 * shape.tensors,
+            cast_launches=11.0 * shape.tensors,
         )  # fmt: skip
 
     @property
