@@ -31,7 +31,7 @@ EXCHANGE_S = 1.10e-3  # an all-to-all of Ulysses with the copies that order its 
 
 TENSORS = 9  # weights of a block
 PART_S = 40e-6  # of a sharded weight, to find this rank's part of it, its gradient and its moments
-AGAIN = 0.5  # of a forward pass's dispatches and collectives, where blocks run again (seven layouts of H200s)
+AGAIN = 0.5  # of a forward pass's dispatches and collectives, where blocks run again (nine layouts of H200s)
 BLOCK_DISPATCHES = 171  # of a block by tensor parallel, a third of them in its forward pass
 
 
