@@ -28,9 +28,19 @@ class Shape:
     kept_bytes: float = 0.0  # of the blocks on a rank when nothing is recomputed; where a technique `needs_kept_bytes`
 
     @property
+    def block_parameters(self) -> int:
+        """Those of the matrices of all blocks."""
+        return self.linear_parameters - self.vocab * self.hidden
+
+    @property
+    def block_tensors(self) -> int:
+        """How many parameters one block has as tensors."""
+        return 11 if self.qk_norm else 9
+
+    @property
     def tensors(self) -> int:
-        """How many parameters the model has as tensors."""
-        return self.layers * (11 if self.qk_norm else 9) + (2 if self.tied else 3)
+        """How many the model has."""
+        return self.layers * self.block_tensors + (2 if self.tied else 3)
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,9 @@ def test_offload_that_the_host_has_no_memory_for_is_told(monkeypatch):
     assert predict(recipe, GPU).verdict() is None  # of a device that is not here nobody knows the host
     monkeypatch.setattr(plan, "memory_bytes", lambda: 256 * 2**30)
     found = predict(recipe, here)
-    blocks = shape_of(recipe).linear_parameters - shape_of(recipe).vocab * shape_of(recipe).hidden
     assert found.verdict() is None and found.to_json()["host_bytes"] == found.host_bytes
-    assert found.host_bytes == pytest.approx(16 * shape_of(recipe).parameters + 2 * blocks)  # which travel in bf16
+    shape = found.shape
+    assert found.host_bytes == pytest.approx(16 * shape.parameters + 2 * shape.block_parameters)  # which travel in bf16
 
 
 def test_a_cpu_s_memory_is_the_host_s():

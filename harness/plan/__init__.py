@@ -108,7 +108,7 @@ class Plan:
                 f"predicted: needs {self.needed_bytes / 2**30:.1f} GiB at the {self.phase}, "
                 f"{self.device.name} has {self.device.memory_bytes / 2**30:.1f} GiB"
             )
-        if self.host_bytes > (room := self.host_room):
+        if self.host_bytes and self.host_bytes > (room := self.host_room):
             return "out_of_memory", (
                 f"predicted: what is offloaded takes {self.host_bytes / 2**30:.1f} GiB of host memory, there are "
                 f"{room / 2**30:.1f} GiB"

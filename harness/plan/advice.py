@@ -46,9 +46,12 @@ def memory_advice(terms: dict[str, float]) -> str:
 def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
     """What the step waits for longest, device, host, link or the host's optimizer; on the device its largest term; and
     what would shrink it."""
+    after = "host update"  # begins when all else is over
     busy = sum(terms[name] for name in device)
-    waits = max(("host", "offload", "wire", "waited"), key=lambda name: terms[name])
-    name, beside = waits if terms[waits] > busy else max(device, key=lambda term: terms[term]), terms["host update"]
-    if beside > max(busy, terms[waits]):
-        name = "host update"
-    return f"{terms[name] / (max(busy, terms[waits]) + beside):.0%} of it is {name}: {FOR_TIME[name]}"
+    name = max(("host", "offload", "wire", "waited"), key=lambda term: terms[term])
+    longest = max(busy, terms[name])
+    if terms[after] > longest:
+        name = after
+    elif busy == longest:
+        name = max(device, key=lambda term: terms[term])
+    return f"{terms[name] / (longest + terms[after]):.0%} of it is {name}: {FOR_TIME[name]}"

@@ -132,7 +132,7 @@ def cluster_of(hardware: Mapping[str, Any], dtype: str = "bf16") -> Cluster:
 
 def layer_matrices(shape: Shape) -> float:
     """Matrix weights of one block."""
-    return (shape.linear_parameters - shape.vocab * shape.hidden) / shape.layers
+    return shape.block_parameters / shape.layers
 
 
 def model_flops(shape: Shape, causal: bool = True) -> float:

@@ -105,14 +105,13 @@ def leaving_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
     block, tokens = block_of(shape, print_, kind), shape.batch * shape.seq * print_.batch_factor
     if print_.boundaries:
         return print_.boundaries * print_.host_blocks / shape.layers * block.boundary * print_.boundary_factor * tokens
-    weights = cast_width(print_) * (shape.linear_parameters - shape.vocab * shape.hidden) / shape.layers
+    weights = cast_width(print_) * shape.block_parameters / shape.layers
     return print_.host_blocks * (kept_bytes(print_, block) * tokens + weights) * print_.width_factor
 
 
 def casts_weights(print_: Footprint) -> bool:
     """Whether the blocks' weights are cast for their products."""
-    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
-    return activation_width(print_) < stored and not comes_narrow(print_)
+    return activation_width(print_) < parameter_width(print_) and not comes_narrow(print_)
 
 
 def offloaded_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
@@ -132,6 +131,19 @@ def cast_width(print_: Footprint) -> float:
 
 def activation_width(print_: Footprint) -> float:
     return FP32 if print_.activation_width is None else print_.activation_width
+
+
+def parameter_width(print_: Footprint) -> float:
+    return FP32 if print_.parameter_bytes is None else print_.parameter_bytes
+
+
+def gradient_width(print_: Footprint) -> float:
+    return parameter_width(print_) if print_.gradient_bytes is None else print_.gradient_bytes
+
+
+def state_width(print_: Footprint) -> float:
+    """Bytes of a parameter's state in the optimizer: AdamW's two moments unless a technique says else."""
+    return 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
 
 
 def comes_narrow(print_: Footprint) -> bool:
@@ -209,9 +221,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     tokens = shape.batch * shape.seq * print_.batch_factor
     held = shape.parameters * split  # parameters that this rank is responsible for, sharded or not
     head = shape.vocab * shape.hidden * print_.width_factor * print_.head_factor
-    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
-    gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
-    state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
+    stored, gradient, state = parameter_width(print_), gradient_width(print_), state_width(print_)
     base = {
         "weights": stored * held * print_.parameter_factor,
         "optimizer": state * held * print_.optimizer_factor,
@@ -228,7 +238,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
     # Where blocks run again no graph keeps casts, only autocast does, until its forward pass is over.
     checkpointed = print_.recompute_blocks > 0
-    cast_blocks = block_cast * (shape.linear_parameters - shape.vocab * shape.hidden) * split
+    cast_blocks = block_cast * shape.block_parameters * split
     cast_blocks *= 1.0 if checkpointed else print_.in_flight
     again = checkpointed and (print_.fused or (print_.cast_bytes is not None and not print_.keeps_products))
     cast = cast_head + (0.0 if again else cast_blocks)
@@ -249,7 +259,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
     width = FP32 if keeps_scores(shape, print_) else w
     mask = {"mask": width * tokens * shape.seq} if masked(print_) else {}
-    one = (shape.linear_parameters - shape.vocab * shape.hidden) * print_.width_factor / shape.layers  # of a block
+    one = shape.block_parameters * print_.width_factor / shape.layers  # of a block
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
     cast_kept = block_cast * segment * one if checkpointed else cast_blocks
@@ -278,8 +288,9 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     )
     # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
     # In chunks, at most all of them; Inductor does not always (docs/LOG.md).
-    waiting = loss_backward if print_.loss_made_again else w * logits
-    waiting *= print_.fused_loss and checkpointed
+    waiting = 0.0
+    if print_.fused_loss and checkpointed:
+        waiting = loss_backward if print_.loss_made_again else w * logits
     start = {
         **base,
         "logits": waiting + others,
@@ -348,8 +359,7 @@ def serving(shape: Shape, print_: Footprint, kind: str) -> Phases:
     are whole on each, and so is a head's copy of a tied embedding in part.
     """
     stored = FP32 if print_.weight_bytes is None else print_.weight_bytes
-    head = shape.vocab * shape.hidden
-    blocks = shape.linear_parameters - head
+    head, blocks = shape.vocab * shape.hidden, shape.block_parameters
     whole = shape.parameters - blocks - (0 if shape.tied else head)
     copied = print_.width_factor if print_.width_factor < 1 or not shape.tied else 0.0
     weights = blocks * stored * print_.linear_factor * print_.width_factor

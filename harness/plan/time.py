@@ -11,7 +11,17 @@ import math
 from collections.abc import Sequence
 
 from dyno.plan.machine import Machine
-from dyno.plan.memory import FP32, activation_width, casts_weights, keeps_scores, leaving_bytes, masked
+from dyno.plan.memory import (
+    FP32,
+    activation_width,
+    casts_weights,
+    gradient_width,
+    keeps_scores,
+    leaving_bytes,
+    masked,
+    parameter_width,
+    state_width,
+)
 from dyno.technique import Footprint, Shape
 
 RAMP_S = 6e-6
@@ -24,7 +34,8 @@ PASSES = {  # kernels a block: forward, backward
     True: (12.0, 22.0),
 }
 UNFUSED_KERNELS = 8.0
-CHUNK_KERNELS = {False: 10.0, True: 34.0}  # a chunk of a loss: in place, or with logits that are made again
+# A chunk of a loss: in place, or with logits that are made again (counted off `kernels/linear_cross_entropy.py`).
+CHUNK_KERNELS = {False: 10.0, True: 34.0}
 # Of host time a kernel: Python's. Compiled, guards and wrappers of a block's few kernels come to as much and more: 28 to 38
 # us in steps of four small micro-batches, 40 in a decode pass of 8b (H100 records).
 LAUNCH_S = {False: 20e-6, True: 30e-6}
@@ -32,8 +43,10 @@ LAUNCH_S = {False: 20e-6, True: 30e-6}
 # 41 records of H100s and H200s.
 COMPILED_CALL_S = 1.2e-3
 AUTOGRAD = 1.2  # of an eager kernel's host time where a graph is built and walked (H100 records)
-STEP_LAUNCH_S = 10e-6  # of an optimizer's kernel: no module, no graph
-STEP_S = 2e-3  # drawing a batch, clipping, the optimizer's launches
+STEP_LAUNCH_S = (
+    10e-6  # of an optimizer's kernel: no module, no graph (set to Muon's steps of small models, H200 records)
+)
+STEP_S = 2e-3  # drawing a batch, clipping, the launches of a fused optimizer
 STRIDED = 1.5  # eager passes with several inputs and strides, against a plain copy of as many bytes (six H100 records)
 # Bytes a number of the queries by a part of a ring's sequence, for its share of the output and of the gradients, in fp32:
 # counted off the passes of `_ring.py` between two ranks, three quarters of the queries taking part in a hop.
@@ -63,9 +76,9 @@ def product_s(m: float, n: float, k: float, flop_per_s: float, machine: Machine,
 
 def wire_bytes(print_: Footprint) -> float:
     """Bytes that a rank sends in a step."""
-    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
     activations = print_.wire_activations + print_.blocks_again * print_.wire_again
-    return print_.wire_bytes + print_.wire_weights * stored + activations * activation_width(print_)
+    weights = print_.wire_weights * parameter_width(print_)
+    return print_.wire_bytes + weights + activations * activation_width(print_)
 
 
 def waited_bytes(print_: Footprint) -> float:
@@ -132,7 +145,8 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
     vocab = shape.vocab * tensor
     ends = [(tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens)]
-    ends += ends[:1] * print_.loss_made_again
+    if print_.loss_made_again:
+        ends.append(ends[0])
     head = sum(product(m, n, k, flop_per_s) for m, n, k in ends) * print_.head_factor
 
     pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
@@ -171,9 +185,7 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     loss = micro * tokens * vocab * logit / machine.memory * print_.head_factor
 
     split = print_.layer_factor * tensor
-    stored = FP32 if print_.parameter_bytes is None else print_.parameter_bytes
-    gradient = stored if print_.gradient_bytes is None else print_.gradient_bytes
-    state = 2 * FP32 if print_.optimizer_bytes is None else print_.optimizer_bytes
+    stored, gradient, state = parameter_width(print_), gradient_width(print_), state_width(print_)
     casts = casts_weights(print_)  # of the blocks; autocast casts the head all the same
     cast = shape.linear_parameters * split if casts else shape.vocab * h * tensor * print_.head_factor
     weights = micro * cast * (2 * (stored + w) if w < stored else 0.0) / machine.memory

@@ -14,7 +14,7 @@ from dyno.plan import Plan, predict, shape_of, tables
 from dyno.plan.budget import budget
 from dyno.plan.cluster import cluster_of, in_flight
 from dyno.plan.collectives import collectives, verdict
-from dyno.plan.memory import FP32
+from dyno.plan.memory import parameter_width, state_width
 from dyno.plan.pooled import pooled, touches
 from dyno.plan.resilience import Job, resilience
 from dyno.plan.search import Candidate, best_layouts, parse
@@ -117,9 +117,7 @@ def checkpoint_bytes(recipe: Recipe, prediction: Plan) -> float:
     prints = combined(
         t.footprint(prediction.shape, prediction.device) for chosen in recipe.techniques.values() for t in chosen
     )
-    weight = FP32 if prints.parameter_bytes is None else prints.parameter_bytes
-    state = 2 * FP32 if prints.optimizer_bytes is None else prints.optimizer_bytes
-    return weight + state + prints.master_bytes
+    return parameter_width(prints) + state_width(prints) + prints.master_bytes
 
 
 def money(tokens: float | None, rate: float, gpus: int, hardware: Mapping[str, Any]) -> dict[str, Any] | None:

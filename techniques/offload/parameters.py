@@ -41,15 +41,13 @@ class HostParameters(HostOptimizer):
 
         In segments of several recomputed blocks all but the last come a third time, which is not counted.
         """
-        head = shape.vocab * shape.hidden
-        block = (shape.linear_parameters - head) / shape.layers
-        outside = shape.parameters - shape.layers * block
+        outside = shape.parameters - shape.block_parameters
         return replace(
             super().footprint(shape, device),
             parameter_factor=outside / shape.parameters,
             visiting_blocks=2.0,
             host_bytes=(STATE + arriving(shape)) * shape.parameters,
-            host_weights=2 * shape.layers * block,
+            host_weights=2.0 * shape.block_parameters,
             host_return_bytes=GRADIENT * outside,
         )
 

@@ -102,7 +102,7 @@ class Muon(Technique):
         times with one. Passes over memory, beside those of a fused step, and launches are counted off `_muon.py`; more launches
         where 16-bit weights step in chunks of several shapes.
         """
-        hidden = shape.linear_parameters - shape.vocab * shape.hidden
+        hidden = shape.block_parameters
         width, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         iterations = max(0, self.iterations)
         squares = flops = launches = largest = 0.0

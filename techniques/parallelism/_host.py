@@ -29,7 +29,6 @@ SPLIT_S = 1.9e-3  # a block's graph walked in Python, once a micro-batch, to par
 HOP_S = 1.42e-3  # of a ring: what is sent and received, and the merge with what was attended to before
 EXCHANGE_S = 1.10e-3  # an all-to-all of Ulysses with the copies that order its parts
 
-TENSORS = 9  # weights of a block
 PART_S = 40e-6  # of a sharded weight, to find this rank's part of it, its gradient and its moments
 AGAIN = 0.5  # of a forward pass's dispatches and collectives, where blocks run again (nine layouts of H200s)
 BLOCK_DISPATCHES = 171  # of a block by tensor parallel, a third of them in its forward pass
@@ -60,5 +59,5 @@ def seconds(layout: Mesh, shape: Shape, part: Part, compiled: bool = False) -> t
     elif layout.cp > 1:
         calls += part.layers * 8 * EXCHANGE_S
         again += part.layers * 4 * EXCHANGE_S
-    once += (sharded or layout.tp > 1) * part.layers * TENSORS * PART_S
+    once += (sharded or layout.tp > 1) * part.layers * shape.block_tensors * PART_S
     return micro * calls + once, micro * again

@@ -44,7 +44,7 @@ def costs(shape: Shape, tokens: float) -> tuple[float, float, float]:
     """
     update = 28.0 * RIDGE
     head = shape.vocab * shape.hidden
-    block = (shape.linear_parameters - head) / shape.layers
+    block = shape.block_parameters / shape.layers
     attention = 6.0 * shape.heads * shape.head_dim * shape.seq
     return update * head, (6.0 * tokens + update) * block + tokens * attention, (6.0 * tokens + update) * head
 
