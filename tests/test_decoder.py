@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
 from dyno.kernels.attention import eager
 from dyno.model.config import ModelConfig, parameter_counts
-from dyno.model.decoder import Decoder
+from dyno.model.decoder import Decoder, Embedding
 
 VARIANTS = {
     "tied": {},
@@ -82,3 +83,26 @@ def test_initialise_is_deterministic_and_scaled_by_depth():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="model.heads=4 is no multiple of model.kv_heads=3"):
         ModelConfig(**{**tiny.SIZES, "kv_heads": 3})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 300), (1, 1)], ids=str)
+def test_a_table_s_compiled_gradient_is_the_table_s(size, dtype):
+    """Tokens that repeat, ones that never come, and another gradient that is added, as of a tied head."""
+    table = Embedding(61, 24).to(dtype)
+    tokens = torch.randint(0, 40, size, generator=torch.Generator().manual_seed(0))
+    slope = torch.randn(*size, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def gradient(call):
+        table.weight.grad = None
+        call(tokens).backward()
+        return table.weight.grad.clone()
+
+    def loss(tokens):
+        return (table(tokens) * slope).sum() + table.weight.pow(2).sum()
+
+    expected = gradient(lambda tokens: (F.embedding(tokens, table.weight.float()) * slope.float()).sum()).float()
+    expected += 2 * table.weight.detach().float()
+    got = gradient(torch.compile(loss, backend="aot_eager"))
+    torch.testing.assert_close(got.float(), expected, atol=1e-5, rtol=1e-6 if dtype == torch.float32 else 2e-2)
+    assert torch.equal(got[40:], 2 * table.weight.detach()[40:])

@@ -53,6 +53,38 @@ class Cache(Protocol):
         ...
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of a table (V, E) by tokens. Its gradient is added up in as many rows as there are tokens, in fp32.
+
+    A compiler's own makes a table of zeros in fp32, adds to it and narrows it: 16 bytes a number of a table in bf16 move.
+    Of this one, all but the tokens' rows fuse with whatever takes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        tokens, rows = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).float()
+        numbers = torch.arange(len(tokens), device=tokens.device)
+        place = torch.full((ctx.rows,), -1, device=tokens.device).index_put((tokens,), numbers)  # of equal ones, any
+        sums = torch.zeros_like(rows).index_put((place[tokens],), rows, accumulate=True)
+        table = torch.where((place >= 0).unsqueeze(-1), sums[place.clamp(min=0)], 0.0)
+        return None, table.to(ctx.dtype)
+
+
+class Embedding(nn.Embedding):
+    """tokens (...) -> (..., E)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.weight.requires_grad and type(self.weight) is nn.Parameter:
+            return _Rows.apply(tokens, self.weight)
+        return super().forward(tokens)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
@@ -98,7 +130,10 @@ def _(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, H, S, D), pairs (i, i + D/2) (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotary embedding of x (B, S, H, D), pairs (i, i + D/2) (Su et al. 2021, arXiv:2104.09864).
+
+    Before heads come first: its gradient then lies as the projections' backward pass reads it, without a copy.
+    """
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -127,9 +162,7 @@ class Attention(nn.Module):
         q, k, v = (y.view(batch, new, -1, dim) for y in self.project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos, sin)
-        k = rotate(k.transpose(1, 2), cos, sin)
-        v = v.transpose(1, 2)
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         out = attend(q, k, v, causal=True, scale=None) if cache is None else cache.attend(attend, q, k, v)
         return self.project(out.transpose(1, 2).reshape(batch, new, -1), self.o_proj)[0]
 
@@ -195,7 +228,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed = Embedding(config.vocab_size, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
@@ -227,12 +260,12 @@ class Decoder(nn.Module):
     def rotary(
         self, start: int | Tensor, count: int, like: Tensor, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions from `start` on, (count, D), in the type and on the device of `like`; of
-        the positions in their documents, (B, 1, count, D), where `starts` (B, count) says where those begin."""
+        """Cosines and sines of the positions from `start` on, (count, 1, D), in the type and on the device of `like`;
+        of the positions in their documents, (B, count, 1, D), where `starts` (B, count) says where those begin."""
         positions = self.positions(start, count, like.device)
         if starts is not None:
-            positions = (positions - starts).unsqueeze(1)
-        return rotary_table(positions, self.inverse_frequency, like.dtype)
+            positions = positions - starts
+        return rotary_table(positions.unsqueeze(-1), self.inverse_frequency, like.dtype)
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None, starts: Tensor | None = None) -> Tensor:
         """tokens (B, S) -> final normed states (B, S, E); attention stays in documents where their starts are given."""

@@ -30,8 +30,8 @@ RAMP_S = 6e-6
 SUSTAINED = 0.9
 BACKWARD_ATTENTION = 2.5 / 0.8  # the products of a backward pass over a forward's, at 0.8 of its rate
 PASSES = {  # kernels a block: forward, backward
-    False: (38.0, 85.0),
-    True: (12.0, 22.0),
+    False: (38.0, 83.0),
+    True: (12.0, 20.0),
 }
 UNFUSED_KERNELS = 8.0
 # A chunk of a loss: in place, or with logits that are made again (counted off `kernels/linear_cross_entropy.py`).

@@ -221,7 +221,7 @@ def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
         with run.part("autocast")(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             dtype = run.product_dtype()
             x = torch.ones(rows, seq, model.config.hidden, device=run.device, dtype=dtype, requires_grad=True)
-            angles = torch.ones(seq, model.config.head_dim, device=run.device, dtype=dtype)
+            angles = torch.ones(seq, 1, model.config.head_dim, device=run.device, dtype=dtype)
             out = block(x, angles, angles, run.part("attention"), None)
         keeps = kept.pop(x.untyped_storage()._cdata, None) is not None
         seen.append((x.untyped_storage().nbytes(), sum(storage.nbytes() for storage in kept.values()), keeps))
