@@ -1,11 +1,11 @@
-"""One AdamW step of a parameter whose gradient is clipped on the way and whose master may be wider than itself.
+"""One AdamW step of parameters whose gradients are clipped on the way and whose masters may be wider than themselves.
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,19 @@ class Rates(NamedTuple):
         return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step)
 
 
+class Slot(NamedTuple):
+    """What a step reads and writes of one parameter, all contiguous: n numbers, moments as their kind keeps them.
+
+    The weight is of any float type; with a master, which is fp32, it is its rounding.
+    """
+
+    weight: Tensor
+    master: Tensor | None
+    grad: Tensor
+    first: Any
+    second: Any
+
+
 def reference_step(
     weight: Tensor, master: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, scale: Tensor, rates: Rates
 ) -> None:
@@ -55,16 +68,25 @@ def descend(weight: Tensor, master: Tensor | None, first: Tensor, second: Tensor
     weight.copy_(wide)
 
 
-def step(
-    weight: Tensor, master: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, scale: Tensor, rates: Rates
-) -> None:
-    """`reference_step`, on a GPU in one pass over memory. All tensors are contiguous."""
-    if weight.is_cuda and triton_missing(weight.device) is None:
-        from dyno.kernels._adamw_step import triton_step
+def step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+    """`reference_step` of each, on a GPU in one pass over memory and one launch for all of a kind."""
+    for kind in alike(slots):
+        if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
+            from dyno.kernels._adamw_step import triton_step
 
-        triton_step(weight, master, grad, first, second, scale, rates)
-    else:
-        reference_step(weight, master, grad, first, second, scale, rates)
+            triton_step(kind, scale, rates)
+        else:
+            for slot in kind:
+                reference_step(*slot, scale, rates)
+
+
+def alike(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """Those of the same types on the same device together; those of nothing, as a rank may hold, left out."""
+    kinds: dict[Any, list[Slot]] = {}
+    for s in slots:
+        if s.weight.numel():
+            kinds.setdefault((s.weight.device, s.weight.dtype, s.grad.dtype, s.master is None), []).append(s)
+    return list(kinds.values())
 
 
 def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:

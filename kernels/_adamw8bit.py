@@ -8,6 +8,7 @@ becomes the middle of its cell, the largest of a block itself if it is positive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dyno.kernels import triton_missing
-from dyno.kernels._adamw import Rates, descend
+from dyno.kernels._adamw import Rates, Slot, alike, descend
 
 BLOCK = 256
 
@@ -70,10 +71,11 @@ def quantise_into(moment: Moment, x: Tensor, signed: bool) -> None:
 def reference_step(
     weight: Tensor, master: Tensor | None, grad: Tensor, first: Moment, second: Moment, scale: Tensor, rates: Rates
 ) -> None:
-    """One AdamW step of flat tensors (n,), in place: the specification.
+    """One AdamW step of contiguous tensors of n numbers, in place: the specification.
 
     The gradient counts `scale` (a scalar on the device) times. With a master, fp32, a weight of 16 bits is its rounding.
     """
+    weight, master, grad = weight.view(-1), None if master is None else master.view(-1), grad.view(-1)
     g = grad.float() * scale
     m = dequantise(first, True).lerp(g, 1 - rates.beta1)
     v = dequantise(second, False).lerp(g * g, 1 - rates.beta2)
@@ -82,13 +84,13 @@ def reference_step(
     quantise_into(second, v, False)
 
 
-def step(
-    weight: Tensor, master: Tensor | None, grad: Tensor, first: Moment, second: Moment, scale: Tensor, rates: Rates
-) -> None:
-    """`reference_step` of flat contiguous tensors (n,), by Triton on a GPU."""
-    if weight.is_cuda and triton_missing(weight.device) is None:
-        from dyno.kernels._adamw8bit_step import triton_step
+def step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+    """`reference_step` of each, whose moments are `Moment`s; by Triton on a GPU, in one launch for all of a kind."""
+    for kind in alike(slots):
+        if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
+            from dyno.kernels._adamw8bit_step import triton_step
 
-        triton_step(weight, master, grad, first, second, scale, rates)
-    else:
-        reference_step(weight, master, grad, first, second, scale, rates)
+            triton_step(kind, scale, rates)
+        else:
+            for slot in kind:
+                reference_step(*slot, scale, rates)

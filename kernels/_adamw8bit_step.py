@@ -1,15 +1,20 @@
-"""The Triton version of `dyno.kernels._adamw8bit.reference_step`."""
+"""The Triton version of `dyno.kernels._adamw8bit.reference_step`, of many parameters in one launch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw import Rates
-from dyno.kernels._adamw8bit import BLOCK, Moment, table
+from dyno.kernels._adamw import Rates, Slot
+from dyno.kernels._adamw8bit import BLOCK, table
+from dyno.kernels._adamw_step import descended
+from dyno.kernels._tensor_lists import ELEMENTS, addresses, chunks, pointer
 
-ROWS = 2  # blocks a program
+ROWS = 2  # blocks at a time
+TURNS = 4  # times a program
 CUTS = tl.constexpr(2**23 - 0.5)  # beside such a number fp32 has no fraction
 
 # Codes are computed, not searched for among the table's bounds, which took the time of the memory's traffic again.
@@ -44,50 +49,88 @@ def _whole(place):
 
 @triton.jit
 def _step(
-    Weight, Master, Grad, First, FirstScales, Second, SecondScales, Signed, Unsigned, Scale,
-    count, lr, beta1, beta2, eps, weight_decay, correction1, correction2,
+    Addresses, Counts, Owners, Numbers, Signed, Unsigned, Scale,
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """A program steps one chunk of the parameter that owns it; without a master the weight stands in its place."""
+    SIZE: tl.constexpr = ROWS * BLOCK
+    WIDE: tl.constexpr = tl.float32 if HAS_MASTER else ELEMENT
+    owner = tl.load(Owners + tl.program_id(0))
+    start = tl.load(Numbers + tl.program_id(0)).to(tl.int64) * (SIZE * TURNS)
+    left = tl.minimum(tl.load(Counts + owner) - start, SIZE * TURNS).to(tl.int32)
+    weight = pointer(Addresses, owner * 7, ELEMENT, ALIGNMENT) + start
+    master = pointer(Addresses, owner * 7 + 1, WIDE, ALIGNMENT) + start
+    grad = pointer(Addresses, owner * 7 + 2, GRADIENT, ALIGNMENT) + start
+    first = pointer(Addresses, owner * 7 + 3, tl.uint8, ALIGNMENT) + start
+    second = pointer(Addresses, owner * 7 + 5, tl.uint8, ALIGNMENT) + start
+    first_scales = pointer(Addresses, owner * 7 + 4, tl.float32, ALIGNMENT) + start // BLOCK
+    second_scales = pointer(Addresses, owner * 7 + 6, tl.float32, ALIGNMENT) + start // BLOCK
+    code = tl.arange(0, 256)
+    signed, unsigned, scale = tl.load(Signed + code), tl.load(Unsigned + code), tl.load(Scale)
+    decay, rate1, rate2 = 1 - lr * weight_decay, 1 - beta1, 1 - beta2
+    raise1, raise2 = 1 / correction1, 1 / correction2
+    if left == SIZE * TURNS:  # without a mask, so that a thread reads 16 bytes at a time
+        for turn in range(TURNS):
+            i, block = turn * SIZE + tl.arange(0, SIZE), turn * ROWS + tl.arange(0, ROWS)
+            _step_rows(
+                weight + i, master + i, grad + i, first + i, first_scales + block, second + i, second_scales + block,
+                tl.full((SIZE,), True, tl.int1), tl.full((ROWS,), True, tl.int1), signed, unsigned, scale,
+                lr, decay, rate1, rate2, eps, raise1, raise2, HAS_MASTER, BLOCK, ROWS,
+            )  # fmt: skip
+    else:
+        for turn in range(tl.cdiv(left, SIZE)):
+            i, block = turn * SIZE + tl.arange(0, SIZE), turn * ROWS + tl.arange(0, ROWS)
+            _step_rows(
+                weight + i, master + i, grad + i, first + i, first_scales + block, second + i, second_scales + block,
+                i < left, block * BLOCK < left, signed, unsigned, scale,
+                lr, decay, rate1, rate2, eps, raise1, raise2, HAS_MASTER, BLOCK, ROWS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _step_rows(
+    weight, master, grad, first, first_scale, second, second_scale, inside, begun, signed, unsigned, scale,
+    lr, decay, rate1, rate2, eps, raise1, raise2,
     HAS_MASTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = ROWS * BLOCK
-    start = tl.program_id(0).to(tl.int64) * SIZE
-    here = tl.arange(0, SIZE)
-    inside = here < tl.minimum(count - start, SIZE).to(tl.int32)
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first_block = block * BLOCK < count
-    code = tl.arange(0, 256)
-    first, second = First + start, Second + start
-    g = tl.load(Grad + start + here, mask=inside, other=0.0).to(tl.float32) * tl.load(Scale)
-    m = tl.gather(tl.load(Signed + code), tl.load(first + here, mask=inside, other=127).to(tl.int32), 0)
-    v = tl.gather(tl.load(Unsigned + code), tl.load(second + here, mask=inside, other=0).to(tl.int32), 0)
-    m = tl.reshape(m, (ROWS, BLOCK)) * tl.load(FirstScales + block, mask=first_block, other=0.0)[:, None]
-    v = tl.reshape(v, (ROWS, BLOCK)) * tl.load(SecondScales + block, mask=first_block, other=0.0)[:, None]
-    g = tl.reshape(g, (ROWS, BLOCK))
-    m += (g - m) * (1 - beta1)
-    v += (g * g - v) * (1 - beta2)
-    update = tl.reshape(m * (1 / correction1) / (tl.sqrt(v * (1 / correction2)) + eps), (SIZE,))
-    w = tl.load(Master + start + here, mask=inside, other=0.0).to(tl.float32)  # the weight where there is no master
-    w = w * (1 - lr * weight_decay) - lr * update
+    # All that is read is asked for before anything is computed: 4.9 ms for 1.2 G parameters on an H200, else 5.7.
+    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32) * scale
+    w = tl.load(master, mask=inside, other=0.0).to(tl.float32)
+    m_code = tl.load(first, mask=inside, other=127).to(tl.int32)
+    v_code = tl.load(second, mask=inside, other=0).to(tl.int32)
+    m_scale, v_scale = tl.load(first_scale, mask=begun, other=0.0), tl.load(second_scale, mask=begun, other=0.0)
+    g, w = tl.reshape(g, (ROWS, BLOCK)), tl.reshape(w, (ROWS, BLOCK))
+    m = tl.reshape(tl.gather(signed, m_code, 0), (ROWS, BLOCK)) * m_scale[:, None]
+    v = tl.reshape(tl.gather(unsigned, v_code, 0), (ROWS, BLOCK)) * v_scale[:, None]
+    m += (g - m) * rate1
+    v += (g * g - v) * rate2
+    w = tl.reshape(descended(w, m, v, lr, decay, eps, raise1, raise2), (SIZE,))
     if HAS_MASTER:
-        tl.store(Master + start + here, w, mask=inside)
-    tl.store(Weight + start + here, w.to(Weight.dtype.element_ty), mask=inside)
+        tl.store(master, w, mask=inside)
+    tl.store(weight, w.to(weight.dtype.element_ty), mask=inside)
     m_scale, v_scale = tl.max(tl.abs(m), 1), tl.max(v, 1)
     m_place = _place(tl.abs(m) * (1 / tl.maximum(m_scale, 1.1754943508222875e-38))[:, None], 0)
     v_place = _place(v * (1 / tl.maximum(v_scale, 1.1754943508222875e-38))[:, None], 1)
     number = _whole(m_place)
     m_code = tl.where(m < 0, 127 - tl.minimum(number, 127), 127 + number)  # -1 has no code
     v_code = _whole(tl.where(v > 0, tl.maximum(v_place, 2.5), 1.5)) - 1  # what is not zero stays so
-    tl.store(first + here, tl.reshape(m_code.to(tl.uint8), (SIZE,)), mask=inside)
-    tl.store(second + here, tl.reshape(v_code.to(tl.uint8), (SIZE,)), mask=inside)
-    tl.store(FirstScales + block, m_scale, mask=first_block)
-    tl.store(SecondScales + block, v_scale, mask=first_block)
+    tl.store(first, tl.reshape(m_code.to(tl.uint8), (SIZE,)), mask=inside)
+    tl.store(second, tl.reshape(v_code.to(tl.uint8), (SIZE,)), mask=inside)
+    tl.store(first_scale, m_scale, mask=begun)
+    tl.store(second_scale, v_scale, mask=begun)
 
 
-def triton_step(
-    weight: Tensor, master: Tensor | None, grad: Tensor, first: Moment, second: Moment, scale: Tensor, rates: Rates
-) -> None:
-    """`reference_step` in one pass over contiguous tensors."""
+def triton_step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+    """`reference_step` of parameters of the same types on one device, in one pass."""
+    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, *s.first, *s.second) for s in slots]
+    weight, _, grad, *_ = rows[0]
     tables = (table(signed, weight.device)[0] for signed in (True, False))
-    _step[(triton.cdiv(weight.numel(), BLOCK * ROWS),)](
-        weight, weight if master is None else master, grad, *first, *second, *tables, scale, weight.numel(), *rates,
-        HAS_MASTER=master is not None, BLOCK=BLOCK, ROWS=ROWS, num_warps=2,
+    each = chunks(tuple(s.weight.numel() for s in slots), BLOCK * ROWS * TURNS, weight.device)
+    places, alignment = addresses(rows)
+    _step[(len(each.owners),)](
+        places, *each, *tables, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],
+        HAS_MASTER=slots[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, ROWS=ROWS, TURNS=TURNS, num_warps=2,
     )  # fmt: skip

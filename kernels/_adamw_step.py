@@ -1,43 +1,84 @@
-"""The Triton version of `dyno.kernels._adamw.reference_step`."""
+"""The Triton version of `dyno.kernels._adamw.reference_step`, of many parameters in one launch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw import Rates
+from dyno.kernels._adamw import Rates, Slot
+from dyno.kernels._tensor_lists import ELEMENTS, addresses, chunks, pointer
 
-BLOCK = 1024  # numbers a program
+BLOCK = 1024  # numbers a program: 8.2 ms for 1.2 G parameters on an H200, with four times as many 8.5
+
+
+@triton.jit
+def descended(w, m, v, lr, decay, eps, raise1, raise2):
+    """A weight after a step by its moments, which are raised by what they lack for having begun at zero."""
+    return w * decay - lr * (m * raise1 / (tl.sqrt(v * raise2) + eps))
 
 
 @triton.jit
 def _step(
-    Weight, Master, Grad, First, Second, Scale,
-    count, lr, beta1, beta2, eps, weight_decay, correction1, correction2,
-    HAS_MASTER: tl.constexpr, BLOCK: tl.constexpr,
+    Addresses, Counts, Owners, Numbers, Scale,
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2,
+    ELEMENT: tl.constexpr, GRADIENT: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    g = tl.load(Grad + i, mask=inside, other=0.0).to(tl.float32) * tl.load(Scale)
-    m = tl.load(First + i, mask=inside, other=0.0)
-    v = tl.load(Second + i, mask=inside, other=0.0)
-    m += (g - m) * (1 - beta1)
-    v += (g * g - v) * (1 - beta2)
-    w = tl.load(Master + i, mask=inside, other=0.0).to(tl.float32)  # the weight itself where there is no master
-    w = w * (1 - lr * weight_decay) - lr * (m / correction1 / (tl.sqrt(v / correction2) + eps))
-    tl.store(First + i, m, mask=inside)
-    tl.store(Second + i, v, mask=inside)
+    """A program steps one chunk of the parameter that owns it; without a master the weight stands in its place."""
+    WIDE: tl.constexpr = tl.float32 if HAS_MASTER else ELEMENT
+    owner = tl.load(Owners + tl.program_id(0))
+    start = tl.load(Numbers + tl.program_id(0)).to(tl.int64) * BLOCK
+    left = tl.minimum(tl.load(Counts + owner) - start, BLOCK).to(tl.int32)
+    weight = pointer(Addresses, owner * 5, ELEMENT, ALIGNMENT) + start
+    master = pointer(Addresses, owner * 5 + 1, WIDE, ALIGNMENT) + start
+    grad = pointer(Addresses, owner * 5 + 2, GRADIENT, ALIGNMENT) + start
+    first = pointer(Addresses, owner * 5 + 3, tl.float32, ALIGNMENT) + start
+    second = pointer(Addresses, owner * 5 + 4, tl.float32, ALIGNMENT) + start
+    scale = tl.load(Scale)
+    decay, rate1, rate2 = 1 - lr * weight_decay, 1 - beta1, 1 - beta2
+    raise1, raise2 = 1 / correction1, 1 / correction2
+    i = tl.arange(0, BLOCK)
+    if left == BLOCK:  # without a mask, so that a thread reads 16 bytes at a time
+        _step_block(
+            weight + i, master + i, grad + i, first + i, second + i, tl.full((BLOCK,), True, tl.int1), scale,
+            lr, decay, rate1, rate2, eps, raise1, raise2, HAS_MASTER,
+        )  # fmt: skip
+    else:
+        _step_block(
+            weight + i, master + i, grad + i, first + i, second + i, i < left, scale,
+            lr, decay, rate1, rate2, eps, raise1, raise2, HAS_MASTER,
+        )  # fmt: skip
+
+
+@triton.jit
+def _step_block(
+    weight, master, grad, first, second, inside, scale,
+    lr, decay, rate1, rate2, eps, raise1, raise2, HAS_MASTER: tl.constexpr,
+):  # fmt: skip
+    g = tl.load(grad, mask=inside, other=0.0).to(tl.float32) * scale
+    m = tl.load(first, mask=inside, other=0.0)
+    v = tl.load(second, mask=inside, other=0.0)
+    w = tl.load(master, mask=inside, other=0.0).to(tl.float32)
+    m += (g - m) * rate1
+    v += (g * g - v) * rate2
+    w = descended(w, m, v, lr, decay, eps, raise1, raise2)
+    tl.store(first, m, mask=inside)
+    tl.store(second, v, mask=inside)
     if HAS_MASTER:
-        tl.store(Master + i, w, mask=inside)
-    tl.store(Weight + i, w.to(Weight.dtype.element_ty), mask=inside)
+        tl.store(master, w, mask=inside)
+    tl.store(weight, w.to(weight.dtype.element_ty), mask=inside)
 
 
-def triton_step(
-    weight: Tensor, master: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, scale: Tensor, rates: Rates
-) -> None:
-    """`reference_step` in one pass over contiguous tensors."""
-    _step[(triton.cdiv(weight.numel(), BLOCK),)](
-        weight, weight if master is None else master, grad, first, second, scale, weight.numel(), *rates,
-        HAS_MASTER=master is not None, BLOCK=BLOCK, num_warps=4,
+def triton_step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+    """`reference_step` of parameters of the same types on one device, in one pass."""
+    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, s.first, s.second) for s in slots]
+    weight, _, grad, _, _ = rows[0]
+    each = chunks(tuple(s.weight.numel() for s in slots), BLOCK, weight.device)
+    places, alignment = addresses(rows)
+    _step[(len(each.owners),)](
+        places, *each, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],
+        HAS_MASTER=slots[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

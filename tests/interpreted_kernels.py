@@ -12,7 +12,7 @@ from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, DOCUMENTS, problem, starts_of
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
-from test_optimizers import compare_single_passes, compare_steps
+from test_optimizers import SEVERAL, compare_single_passes, compare_steps
 from test_packing import packed_row_trains_like_its_documents
 
 from dyno.errors import UserError
@@ -208,15 +208,15 @@ def test_fused_loss_of_large_logits_and_of_no_target():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 256, 1300])
-def test_eight_bit_adamw(count, dtype):
-    compare_steps(_adamw8bit_step.triton_step, count, dtype, "cpu")
+@pytest.mark.parametrize("counts", SEVERAL, ids=str)
+def test_eight_bit_adamw(counts, dtype):
+    compare_steps(_adamw8bit_step.triton_step, counts, dtype, "cpu", shift=len(counts) % 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", [1, 1024, 5000])
-def test_a_single_pass(count, dtype):
-    compare_single_passes(_adamw_step.triton_step, count, dtype, "cpu")
+@pytest.mark.parametrize("counts", SEVERAL, ids=str)
+def test_a_single_pass(counts, dtype):
+    compare_single_passes(_adamw_step.triton_step, counts, dtype, "cpu", shift=len(counts) % 2)
 
 
 @triton.jit
@@ -248,5 +248,8 @@ def test_squares_of_many_tensors(dtype):
     expected = sum(float(t.double().square().sum()) for t in tensors)
     assert float(_square_sums.square_sum(tensors)) == pytest.approx(expected, rel=1e-5)
     assert not _square_sums.adds_up([*tensors, tensors[0].double()])
-    assert not _square_sums.adds_up([tensors[2][1:]])
+    shifted = [*tensors, tensors[2][1:]]
+    assert _square_sums.adds_up(shifted)
+    expected += float(tensors[2][1:].double().square().sum())
+    assert float(_square_sums.square_sum(shifted)) == pytest.approx(expected, rel=1e-5)
     assert not _square_sums.adds_up([tensors[2].view(200, 200).t()])

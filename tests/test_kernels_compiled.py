@@ -93,26 +93,28 @@ def cross_entropy(element):
     return compiled(_cross_entropy._losses_and_slopes, pointers, constants, 32, 3)
 
 
+TABLES = {"Addresses": "i64", "Counts": "i64", "Owners": "i32", "Numbers": "i32"}  # of kernels over many tensors
+
+
+def parameters(module, warps, **constants):
+    import triton.language as tl
+
+    pointers = {**TABLES, **dict.fromkeys(("Signed", "Unsigned", "Scale"), "fp32")}
+    types = {"ELEMENT": tl.bfloat16, "GRADIENT": tl.bfloat16, "HAS_MASTER": True, "ALIGNMENT": 16}
+    constants |= {**types, "BLOCK": module.BLOCK}
+    return compiled(module._step, pointers, constants, warps, 3)
+
+
 def adamw8bit():
     from dyno.kernels import _adamw8bit_step
 
-    pointers = {
-        **dict.fromkeys(("First", "Second"), "u8"),
-        **dict.fromkeys(("Weight", "Grad"), "bf16"),
-        **dict.fromkeys(("Master", "FirstScales", "SecondScales", "Signed", "Unsigned", "Scale"), "fp32"),
-    }
-    constants = {"HAS_MASTER": True, "BLOCK": _adamw8bit_step.BLOCK, "ROWS": _adamw8bit_step.ROWS}
-    return compiled(_adamw8bit_step._step, pointers, constants, 2, 3)
+    return parameters(_adamw8bit_step, 2, ROWS=_adamw8bit_step.ROWS, TURNS=_adamw8bit_step.TURNS)
 
 
 def adamw():
     from dyno.kernels import _adamw_step
 
-    pointers = {
-        **dict.fromkeys(("Weight", "Grad"), "bf16"),
-        **dict.fromkeys(("Master", "First", "Second", "Scale"), "fp32"),
-    }
-    return compiled(_adamw_step._step, pointers, {"HAS_MASTER": True, "BLOCK": _adamw_step.BLOCK}, 4, 3)
+    return parameters(_adamw_step, 4)
 
 
 def square_sums():
@@ -120,9 +122,8 @@ def square_sums():
 
     from dyno.kernels import _square_sums
 
-    pointers = {"Addresses": "i64", "Counts": "i64", "Owners": "i32", "Chunks": "i32", "Sums": "fp32"}
-    constants = {"ELEMENT": tl.bfloat16, "BLOCK": _square_sums.BLOCK, "TURNS": _square_sums.TURNS}
-    return compiled(_square_sums._squares, pointers, constants, 4, 3)
+    constants = {"ELEMENT": tl.bfloat16, "ALIGNMENT": 16, "BLOCK": _square_sums.BLOCK, "TURNS": _square_sums.TURNS}
+    return compiled(_square_sums._squares, {**TABLES, "Sums": "fp32"}, constants, 4, 3)
 
 
 def test_sm90_code():

@@ -68,7 +68,7 @@ def test_zeros_have_no_update_and_the_first_step_is_adamw_s():
     plain.grad = grad.clone()
     torch.optim.AdamW([plain], lr=RATES.lr, betas=(0.9, 0.95), weight_decay=0.1).step()
     moments = eight.empty_moment(600, True, CPU), eight.empty_moment(600, False, CPU)
-    eight.step(weight, None, grad, *moments, torch.ones(()), RATES)
+    eight.step([single.Slot(weight, None, grad, *moments)], torch.ones(()), RATES)
     torch.testing.assert_close(weight, plain.detach(), atol=1e-6, rtol=1e-5)  # moments are rounded after it
 
 
@@ -182,29 +182,122 @@ def test_a_single_pass_keeps_masters_or_steps_on_wide_copies(rounded, option, tm
         assert torch.equal(p, master.to(torch.bfloat16))
 
 
-def compare_single_passes(step, count, dtype, place):
+SEVERAL = [(1,), (1000, 1, 256), (4096, 5000, 8191, 7)]  # numbers of parameters that step together
+ON_GPU = [*SEVERAL, (300_001, 3, 1_000_000)]
+
+
+def moved(x, shift):
+    """x where `shift` numbers lie before it: at an address that no 16 bytes begin at, as a shard may."""
+    room = torch.empty(x.numel() + shift, dtype=x.dtype, device=x.device)
+    return room[shift:].copy_(x)
+
+
+def slots_of(counts, dtype, device, shift, moments):
+    """Parameters with their masters, where the weights are narrow, and what `moments` of a size makes."""
+    made = []
+    for count in counts:
+        master = moved(normal(count, seed=count).to(device), shift)
+        weight, grad = moved(master.to(dtype), shift), moved(torch.zeros_like(master, dtype=dtype), shift)
+        made.append(single.Slot(weight, None if dtype == torch.float32 else master, grad, *moments(count)))
+    return made
+
+
+def after(step, slots, times):
+    """The slots after steps of gradients that are the same for every version."""
+    scale = torch.tensor(0.3, device=slots[0].weight.device)
+    for i in range(times):
+        for slot in slots:
+            slot.grad.copy_(normal(slot.grad.numel(), seed=i))
+        step(slots, scale, RATES._replace(correction1=1 - 0.9 ** (i + 1), correction2=1 - 0.95 ** (i + 1)))
+    return slots
+
+
+def one_by_one(reference):
+    def step(slots, scale, rates):
+        for slot in slots:
+            reference(*slot, scale, rates)
+
+    return step
+
+
+def compare_single_passes(step, counts, dtype, place, shift=0):
     """Three steps of a version and of the reference, with a master where the weight is narrow."""
-    kept = []
-    for version in (step, single.reference_step):
-        master = normal(count).to(place)
-        weight = master.to(dtype)
-        moments = [torch.zeros(count, device=place) for _ in range(2)]
-        for i in range(3):
-            rates = RATES._replace(correction1=1 - 0.9 ** (i + 1), correction2=1 - 0.95 ** (i + 1))
-            grad = normal(count, seed=i).to(place, dtype)
-            scale = torch.tensor(0.3, device=place)
-            version(weight, None if dtype == torch.float32 else master, grad, *moments, scale, rates)
-        kept.append([weight, *moments] + ([] if dtype == torch.float32 else [master]))
-    torch.testing.assert_close(*kept, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+    def moments(count):
+        return [moved(torch.zeros(count, device=place), shift) for _ in range(2)]
+
+    found, expected = (
+        after(version, slots_of(counts, dtype, place, shift, moments), 3)
+        for version in (step, one_by_one(single.reference_step))
+    )
+    for one, other in zip(found, expected, strict=True):
+        got, want = ([t for t in slot if t is not None] for slot in (one, other))
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def compare_steps(step, counts, dtype, place, shift=0):
+    """Five steps of a version and of the reference: nearly all codes equal, the weights close."""
+    device = torch.device(place)
+
+    def moments(count):
+        made = (eight.empty_moment(count, signed, device) for signed in (True, False))
+        return [eight.Moment(moved(m.codes, shift), m.scales) for m in made]
+
+    found, expected = (
+        after(version, slots_of(counts, dtype, device, shift, moments), 5)
+        for version in (step, one_by_one(eight.reference_step))
+    )
+    for one, other in zip(found, expected, strict=True):
+        wide, expected_wide = (s.weight if s.master is None else s.master for s in (one, other))
+        torch.testing.assert_close(wide, expected_wide, atol=2e-3, rtol=0)
+        # The interpreter cuts off, not rounds.
+        torch.testing.assert_close(one.weight, wide.to(dtype), atol=0, rtol=2**-7)
+        for got, want in zip((one.first, one.second), (other.first, other.second), strict=True):
+            assert (got.codes == want.codes).float().mean() > 0.98
+            torch.testing.assert_close(got.scales, want.scales, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [1, 1000, 300_001])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("counts", ON_GPU, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_single_pass_on_gpu(count, dtype):
+def test_a_single_pass_on_gpu(counts, dtype, shift):
     from dyno.kernels._adamw_step import triton_step
 
-    compare_single_passes(triton_step, count, dtype, "cuda")
+    compare_single_passes(triton_step, counts, dtype, "cuda", shift)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("counts", ON_GPU, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_steps_on_gpu(counts, dtype, shift):
+    from dyno.kernels._adamw8bit_step import triton_step
+
+    compare_steps(triton_step, counts, dtype, "cuda", shift)
+
+
+@pytest.mark.parametrize("kernel", [single, eight])
+def test_parameters_of_every_kind_step_together(kernel):
+    """fp32 and bf16 weights, a gradient wider than its weight, one of nothing: each as alone."""
+
+    def moments(count):
+        if kernel is single:
+            return torch.zeros(count), torch.zeros(count)
+        return [eight.empty_moment(count, signed, CPU) for signed in (True, False)]
+
+    def slots():
+        made = [s for dtype in (torch.float32, torch.bfloat16) for s in slots_of((300, 7), dtype, CPU, 0, moments)]
+        made.insert(1, made[2]._replace(grad=torch.zeros(300), weight=made[2].weight.clone(), master=None))
+        made[1] = made[1]._replace(first=moments(300)[0], second=moments(300)[1])
+        return made
+
+    nothing = single.Slot(torch.zeros(0), None, torch.zeros(0), *moments(0))
+    kinds = kernel.alike([*slots(), nothing])
+    assert sorted(len(kind) for kind in kinds) == [1, 2, 2]
+    found, expected = after(kernel.step, slots(), 2), after(one_by_one(kernel.reference_step), slots(), 2)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.weight, other.weight) and bool(one.weight.isfinite().all())
 
 
 @pytest.mark.gpu
@@ -216,36 +309,3 @@ def test_the_norm_on_gpu(dtype):
     torch.testing.assert_close(
         single.norm([*tensors, tensors[1][1:]]).double(), expected.hypot(tensors[1][1:].double().norm())
     )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("count", [1, 1000, 300_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_eight_bit_steps_on_gpu(count, dtype):
-    from dyno.kernels._adamw8bit_step import triton_step
-
-    compare_steps(triton_step, count, dtype, "cuda")
-
-
-def compare_steps(step, count, dtype, place):
-    """Five steps of a version and of the reference: nearly all codes equal, the weights close."""
-    device = torch.device(place)
-    kept = []
-    for version in (step, eight.reference_step):
-        master = normal(count).to(device)
-        weight = master.to(dtype)
-        moments = [eight.empty_moment(count, s, device) for s in (True, False)]
-        for i in range(5):
-            rates = RATES._replace(correction1=1 - 0.9 ** (i + 1), correction2=1 - 0.95 ** (i + 1))
-            grad = normal(count, seed=i).to(device, dtype)
-            scale = torch.tensor(0.3, device=device)
-            version(weight, None if dtype == torch.float32 else master, grad, *moments, scale, rates)
-        kept.append((weight if dtype == torch.float32 else master, weight, *moments[0], *moments[1]))
-    torch.testing.assert_close(kept[0][0], kept[1][0], atol=2e-3, rtol=0)
-    torch.testing.assert_close(
-        kept[0][1], kept[0][0].to(dtype), atol=0, rtol=2**-7
-    )  # the interpreter cuts off, not rounds
-    for i in (2, 4):
-        assert (kept[0][i] == kept[1][i]).float().mean() > 0.98
-    for i in (3, 5):
-        torch.testing.assert_close(kept[0][i], kept[1][i], rtol=0.02, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dyno.kernels import _adamw, _adamw8bit
-from dyno.kernels._adamw import Rates
+from dyno.kernels._adamw import Rates, Slot
 from dyno.kernels._adamw8bit import Moment, empty_moment
 from dyno.stages.shards import local
 
 
 class SinglePass(torch.optim.Optimizer, ABC):
-    """An optimizer whose step is `update` of one parameter after another.
+    """An optimizer whose step is `update` of all parameters that share their rates, which are all but for a late one.
 
     The gradient is scaled to the clipped norm while it is used, and a parameter in 16 bits is written beside its fp32
     master, which lies in the state. Sharded parameters step by this rank's parts; their norm is clipped before.
@@ -39,6 +40,7 @@ class SinglePass(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        slots: dict[Rates, list[Slot]] = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -50,16 +52,22 @@ class SinglePass(torch.optim.Optimizer, ABC):
                     if weight.dtype != torch.float32:
                         state["master"] = weight.float()
                 state["step"] += 1
-                if weight.numel():  # a rank may hold nothing of a small parameter
-                    self.update(weight, local(p.grad).contiguous(), state, Rates.of(group, state["step"]))
+                slot = Slot(weight, state.get("master"), local(p.grad).contiguous(), *self.both(state))
+                slots[Rates.of(group, state["step"])].append(slot)
+        for rates, alike in slots.items():
+            self.update(alike, rates)
 
     @abstractmethod
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
-        """Those of a parameter before its first step."""
+        """Those of a parameter before its first step, as its state names them."""
 
     @abstractmethod
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
-        """One step of a parameter, in place; `self.scale` is what the gradient counts."""
+    def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
+        """Both moments of a parameter's state, as `update` takes them."""
+
+    @abstractmethod
+    def update(self, slots: list[Slot], rates: Rates) -> None:
+        """One step of parameters, in place; `self.scale` is what gradients count."""
 
 
 class SinglePassAdamW(SinglePass):
@@ -70,9 +78,11 @@ class SinglePassAdamW(SinglePass):
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
         return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        _adamw.step(weight, state.get("master"), grad, *moments, self.scale, rates)
+    def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def update(self, slots: list[Slot], rates: Rates) -> None:
+        _adamw.step(slots, self.scale, rates)
 
 
 class AdamW8bit(SinglePass):
@@ -82,7 +92,8 @@ class AdamW8bit(SinglePass):
         first, second = (empty_moment(weight.numel(), signed, weight.device) for signed in (True, False))
         return {"m_codes": first.codes, "m_scales": first.scales, "v_codes": second.codes, "v_scales": second.scales}
 
-    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Any], rates: Rates) -> None:
-        first, second = (Moment(state[f"{name}_codes"], state[f"{name}_scales"]) for name in "mv")
-        master = state["master"].view(-1) if "master" in state else None
-        _adamw8bit.step(weight.view(-1), master, grad.view(-1), first, second, self.scale, rates)
+    def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
+        return Moment(state["m_codes"], state["m_scales"]), Moment(state["v_codes"], state["v_scales"])
+
+    def update(self, slots: list[Slot], rates: Rates) -> None:
+        _adamw8bit.step(slots, self.scale, rates)
