@@ -32,6 +32,7 @@ MASTER = [*OURS, "precision=bf16_master"]
 ONE_PASS, EIGHT_BIT = ["optimizer=adamw_single_pass"], ["optimizer=adamw8bit"]
 FUSED = ["loss=fused", "loss.rows=16384"]  # all logits of a step of 8 x 2048 in one chunk
 GRAPHS = ["compile.mode=reduce-overhead"]
+JOINED = ["compile.join_projections=true"]
 FP8 = ["precision=fp8", "precision.weights=bfloat16"]
 VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16": [*OURS, "precision=bf16"],
@@ -40,6 +41,7 @@ VARIANTS: dict[str, list[str] | dict[str, bool]] = {
     "dyno bf16_master fused": [*MASTER, *ONE_PASS, *FUSED],
     "dyno bf16_master fused graphs": [*MASTER, *ONE_PASS, *FUSED, *GRAPHS],
     "dyno bf16_master 8-bit fused graphs": [*MASTER, *EIGHT_BIT, *FUSED, *GRAPHS],
+    "dyno bf16_master 8-bit fused joined graphs": [*MASTER, *EIGHT_BIT, *FUSED, *JOINED, *GRAPHS],
     "dyno fp8": [*OURS, *FP8, *ONE_PASS],
     "dyno fp8 fused graphs": [*OURS, *FP8, *ONE_PASS, *FUSED, *GRAPHS],
     "transformers compile": {"compile": True},

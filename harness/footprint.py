@@ -60,6 +60,7 @@ class Footprint:
     master_bytes: float = 0.0  # of a wider copy of the parameter
     activation_width: float | None = None
     cast_bytes: float | None = None  # of a block's weight as its products keep it, where not of an activation's width
+    joined_share: float = 0.0  # of a block's weights, put beside each other for one product
     input_bytes: float | None = None  # of their inputs, by products that take layers of one input together
     matmul_dtype: str | None = None  # of the matrix products
     wide_dtype: str | None = None  # of head and attention, where it is another

@@ -54,6 +54,18 @@ def test_the_peak_is_that_of_the_step(case):
     assert peak == pytest.approx(traced(recipe, attention).peak, rel=tolerance)
 
 
+@pytest.mark.parametrize("precision, number_bytes", [("bf16_master", 2), ("fp32", 4), ("bf16", 0)])
+def test_joined_weights_are_planned_where_nothing_is_cast(precision, number_bytes):
+    """Queries', keys' and values' of every block, once more, in the width of products; a cast goes to where they lie."""
+
+    def kept(*overrides):
+        recipe = compose(["model=1b", "workload=train", "compile=on", f"precision={precision}", *overrides])
+        return memory.total(predict(recipe, GPU).terms["backward start"])
+
+    expected = number_bytes * 16 * 2048 * (2048 + 2 * 512)  # but for what of it has gone by then
+    assert kept("compile.join_projections=true") - kept() == pytest.approx(expected, rel=0.02)
+
+
 def test_allocations_count_storages_once_and_give_them_back():
     with Allocations() as seen:
         a = torch.empty(1000)  # 4000 bytes in grains of 512

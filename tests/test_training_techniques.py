@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 
+from dyno.model.decoder import project_each
 from dyno.recipe import make
 from dyno.stages import train
 from dyno.technique import Shape
 from dyno.techniques.accumulation.gradients import GradientAccumulation
 from dyno.techniques.checkpointing.blocks import Sqrt, Uniform
+from dyno.techniques.compile import torch_compile
 from dyno.techniques.compile.torch_compile import TorchCompile
 from dyno.techniques.precision import formats
 
@@ -274,6 +277,33 @@ def test_compiled_training_equals_eager(plain, tmp_path):
     assert loss.item() == pytest.approx(eager[0], abs=1e-5)
     for got, expected in zip(model.parameters(), eager[1], strict=True):
         torch.testing.assert_close(got.grad, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "kv_heads": 1}, {"qk_norm": True}], ids=str)
+def test_joined_projections_equal_separate_ones(changes):
+    model, other = (tiny.model(sharpness=3.0, **changes) for _ in range(2))
+    for block in other.blocks:
+        block.attention.project = torch_compile.project_joined
+    text = tiny.tokens(4, 13)
+    for one in (model, other):
+        F.cross_entropy(one(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()).backward()
+    for (name, got), expected in zip(other.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_projections_join_where_they_are_plain_and_asked_for(tmp_path):
+    run = prepared(tmp_path, "compile=on", "compile.join_projections=true", "precision=bf16_master")
+    projects = [(block.attention.project, block.mlp.project) for block in run.model.blocks]
+    assert set(projects) == {(torch_compile.project_joined, project_each)}
+    x, layers = torch.randn(3, 8), [torch.nn.Linear(8, n) for n in (8, 4, 4)]
+    calls = []
+    layers[1].forward = lambda x: calls.append(x) or x[:, :4]  # as a replaced layer computes by itself
+    layers[1].__class__ = type("Other", (torch.nn.Linear,), {})
+    made = torch_compile.project_joined(x, *layers)
+    assert [y.shape[-1] for y in made] == [8, 4, 4] and len(calls) == 1
+    technique = TorchCompile(join_projections=True)
+    assert "training" in technique.unsupported(tiny.pipeline(tmp_path, "workload=generate").recipe, device("cuda"))
+    assert "fp8" in technique.unsupported(tiny.pipeline(tmp_path, "precision=fp8").recipe, device("cuda"))
 
 
 def test_compile_says_what_it_cannot_do(tmp_path, monkeypatch):

@@ -123,10 +123,13 @@ def offloaded_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
 
 
 def cast_width(print_: Footprint) -> float:
-    """Bytes of a number of a block's weights as its products keep it; 0 where they take it as it is."""
+    """Bytes of a number of a block's weights as its products keep it; 0 where they take it as it is.
+
+    Weights that are put beside each other for one product are copied where nothing is cast, else cast to there.
+    """
     if print_.cast_bytes is not None:
         return print_.cast_bytes
-    return activation_width(print_) if casts_weights(print_) else 0.0
+    return activation_width(print_) * (1.0 if casts_weights(print_) else print_.joined_share)
 
 
 def activation_width(print_: Footprint) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dyno.technique import Footprint, Run, Shape, Technique
 
@@ -21,10 +21,13 @@ class TorchCompile(Technique):
     """TorchDynamo captures the model, Inductor fuses and generates kernels; the first steps pay for it.
 
     Paper: Ansel et al. 2024, PyTorch 2, doi:10.1145/3620665.3640366. `per_block` compiles one block and reuses it.
+    `join_projections` makes queries, keys and values by one product in training, of weights that are put beside each
+    other for it; and so is the gradient of its input, which three products would leave in parts for others to add.
     """
 
     per_block: bool = False
     mode: str = "default"
+    join_projections: bool = False
 
     @property
     def records_graphs(self) -> bool:
@@ -38,6 +41,10 @@ class TorchCompile(Technique):
             return f"compile.mode is {self.mode}; it takes {', '.join(MODES)}"
         if device.kind == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
             return "torch.compile on a CPU needs a C++ compiler (g++ or clang++) on the path"
+        if self.join_projections and recipe.config["workload"]["measures"] == "infer":
+            return "compile.join_projections=true is for training; leave it out"
+        if self.join_projections and recipe.option("precision") == "fp8":
+            return "precision=fp8 joins projections by itself; leave out compile.join_projections=true"
         if recipe.config["workload"]["measures"] == "infer":
             decode = recipe.option("decoding")
             if recipe.option("kv_cache") == "none":
@@ -46,13 +53,18 @@ class TorchCompile(Technique):
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
         """Fused elementwise chains keep fewer intermediates."""
-        return Footprint(fused=True, fused_loss=not self.per_block)
+        joined = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim if self.join_projections else 0
+        share = joined / (shape.block_parameters / shape.layers)
+        return Footprint(fused=True, fused_loss=not self.per_block, joined_share=share)
 
     def apply(self, run: Run) -> None:
         import torch
 
         assert run.model is not None
         mode = None if self.mode == "default" else self.mode
+        if self.join_projections and run.stage != "infer":
+            for block in run.model.blocks:
+                block.attention.project = project_joined  # type: ignore[union-attr]
         if self.per_block or run.stage == "infer":
             # Dynamo would cut a block that DDP holds at the bounds of DDP's buckets, a large one into some ten graphs.
             torch._dynamo.config.optimize_ddp = False
@@ -61,3 +73,20 @@ class TorchCompile(Technique):
             return
         # The loss is compiled with the model in it: the softmax over the vocabulary fuses, evaluation stays eager.
         run.wrap("loss", lambda loss: torch.compile(loss, mode=mode), by=self)
+
+
+def project_joined(x: Any, *layers: Any) -> tuple[Any, ...]:
+    """The decoder's seam `project` by one product, where layers are plain and their weights whole."""
+    import torch
+    from torch.nn.functional import linear
+
+    from dyno.model.decoder import project_each
+
+    if len(layers) == 1 or any(
+        type(layer) is not torch.nn.Linear or hasattr(layer.weight, "placements") for layer in layers
+    ):
+        return project_each(x, *layers)
+    made = linear(x, torch.cat([layer.weight for layer in layers])).split([layer.out_features for layer in layers], -1)
+    # The last, values, is kept as it is: as a part of the product it would keep the whole of it.
+    made = [*made[:-1], made[-1].contiguous()]
+    return tuple(y if layer.bias is None else y + layer.bias.to(y.dtype) for y, layer in zip(made, layers, strict=True))
