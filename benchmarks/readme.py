@@ -44,10 +44,12 @@ def study_table(where: Path) -> list[str]:
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
     "dyno bf16_master 8-bit fused graphs": "Dyno, bf16 with fp32 masters, AdamW's moments in 8 bits",
+    "dyno bf16_master 8-bit fused joined graphs": "Dyno, as such, queries, keys and values by one product",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
 }
+WHEN = {"": "", "_other_host": ", another host", "_earlier": ", earlier"}  # by the end of the file's name
 LAST = 20  # steps whose mean loss is told
 
 
@@ -59,15 +61,14 @@ def peer_table(*paths: Path) -> list[str]:
         "",
         f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
         f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps. Ours compile with CUDA graphs, cuDNN "
-        "attention, the fused loss and AdamW in a single pass. Earlier: on other hosts, before the kernels of the loss, of the "
-        "gradients' norm and of 8-bit moments became faster.",
+        "attention, the fused loss and AdamW in a single pass. Earlier: on other hosts and by an older, slower step.",
         "",
         "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for path, model, gpu in dict.fromkeys((row["path"], row["model"], row["gpu"]) for row in rows):
         mine = [row for row in rows if (row["path"], row["model"], row["gpu"]) == (path, model, gpu)]
-        when = ", earlier" if path.stem.endswith("_earlier") else ""
+        when = WHEN[path.stem.removeprefix("training_peers")]
         of = {name: [row for row in mine if row["variant"] == name] for name in PEERS}
         rates = {name: fmean(row["tokens_per_s"] for row in some) for name, some in of.items() if some}
         for name, rate in rates.items():
@@ -259,9 +260,7 @@ def meter_lines(path: Path) -> list[str]:
 
 def main() -> None:
     reference, planner = (ROOT / "results" / "reference" / name for name in ("h100", "planner"))
-    peers = [
-        reference.parent / gpu / f"training_peers{when}.jsonl" for gpu in ("h100", "h200") for when in ("", "_earlier")
-    ]
+    peers = [reference.parent / gpu / f"training_peers{end}.jsonl" for gpu in ("h100", "h200") for end in WHEN]
     blocks = {
         "figures": [
             *study_table(reference / "quickstart-160m"),
