@@ -44,7 +44,7 @@ def study_table(where: Path) -> list[str]:
 PEERS = {
     "dyno bf16_master fused graphs": "Dyno, bf16 with fp32 masters",
     "dyno bf16_master 8-bit fused graphs": "Dyno, bf16 with fp32 masters, AdamW's moments in 8 bits",
-    "dyno bf16_master 8-bit fused joined graphs": "Dyno, as such, queries, keys and values by one product",
+    "dyno bf16_master 8-bit fused joined graphs": "Dyno, bf16 with fp32 masters, moments in 8 bits, projections joined",
     "dyno fp8 fused graphs": "Dyno, fp8 products in the blocks, bf16 weights with fp32 masters",
     "transformers compile": "transformers + torch.compile, bf16 autocast",
     "transformers liger": "transformers + liger-kernel, bf16 autocast",
@@ -61,7 +61,8 @@ def peer_table(*paths: Path) -> list[str]:
         "",
         f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
         f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps. Ours compile with CUDA graphs, cuDNN "
-        "attention, the fused loss and AdamW in a single pass. Earlier: on other hosts and by an older, slower step.",
+        "attention, the fused loss and AdamW in a single pass. Earlier: by an older, slower step. "
+        "Hosts differ: what stands beside each other was measured on one.",
         "",
         "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",
         "|---|---|---|---|---|---|---|---|",

@@ -91,15 +91,18 @@ def check_adamw8bit() -> dict[str, Any]:
     """Five steps of the kernel and of the reference."""
     from dyno.kernels._adamw8bit_step import triton_step
 
+    def by_reference(items: list[_adamw.Operands], scale: torch.Tensor, rates: _adamw.Rates) -> None:
+        _adamw8bit.reference_step(*items[0], scale, rates)
+
     kept, count = [], 300_001
-    for version in (triton_step, _adamw8bit.reference_step):
+    for step in (triton_step, by_reference):
         generator = torch.Generator(DEVICE).manual_seed(0)
         weight = torch.randn(count, device=DEVICE, generator=generator)
         moments = [_adamw8bit.empty_moment(count, signed, DEVICE) for signed in (True, False)]
         for i in range(5):
             rates = _adamw.Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9 ** (i + 1), 1 - 0.95 ** (i + 1))
             grad, scale = torch.randn(count, device=DEVICE, generator=generator), torch.ones((), device=DEVICE)
-            version(weight, None, grad, *moments, scale, rates)
+            step([_adamw.Operands(weight, None, grad, *moments)], scale, rates)
         kept.append((weight, moments[0].codes, moments[1].codes))
     return {
         "weight_difference": float((kept[0][0] - kept[1][0]).abs().max()),

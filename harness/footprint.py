@@ -123,7 +123,7 @@ class Footprint:
     gathered_step_bytes: float = 0.0  # of whole weights on every rank at once
     gathered_traffic_bytes: float = 0.0  # through memory for those
     step_flops: float = 0.0  # in bf16, on a GPU
-    step_launches: float = 0.0  # of kernels, beside those of a fused step
+    step_launches: float = 0.0  # of kernels, or parameters that Python sees to for as long, beside a fused step's
     waits_for_step: bool = False  # the host launches nothing until the step is over
 
     # Weights that come, go or stand beside the others

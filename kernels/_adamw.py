@@ -32,10 +32,10 @@ class Rates(NamedTuple):
         return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step)
 
 
-class Slot(NamedTuple):
+class Operands(NamedTuple):
     """What a step reads and writes of one parameter, all contiguous: n numbers, moments as their kind keeps them.
 
-    The weight is of any float type; with a master, which is fp32, it is its rounding.
+    The weight is fp32 or of 16 bits, on a CPU of any float type; with a master, which is fp32, it is its rounding.
     """
 
     weight: Tensor
@@ -68,22 +68,22 @@ def descend(weight: Tensor, master: Tensor | None, first: Tensor, second: Tensor
     weight.copy_(wide)
 
 
-def step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+def step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of each, on a GPU in one pass over memory and one launch for all of a kind."""
-    for kind in alike(slots):
+    for kind in alike(items):
         if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
             from dyno.kernels._adamw_step import triton_step
 
             triton_step(kind, scale, rates)
         else:
-            for slot in kind:
-                reference_step(*slot, scale, rates)
+            for item in kind:
+                reference_step(*item, scale, rates)
 
 
-def alike(slots: Sequence[Slot]) -> list[list[Slot]]:
+def alike(items: Sequence[Operands]) -> list[list[Operands]]:
     """Those of the same types on the same device together; those of nothing, as a rank may hold, left out."""
-    kinds: dict[Any, list[Slot]] = {}
-    for s in slots:
+    kinds: dict[Any, list[Operands]] = {}
+    for s in items:
         if s.weight.numel():
             kinds.setdefault((s.weight.device, s.weight.dtype, s.grad.dtype, s.master is None), []).append(s)
     return list(kinds.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dyno.kernels import triton_missing
-from dyno.kernels._adamw import Rates, Slot, alike, descend
+from dyno.kernels._adamw import Operands, Rates, alike, descend
 
 BLOCK = 256
 
@@ -84,13 +84,13 @@ def reference_step(
     quantise_into(second, v, False)
 
 
-def step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+def step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of each, whose moments are `Moment`s; by Triton on a GPU, in one launch for all of a kind."""
-    for kind in alike(slots):
+    for kind in alike(items):
         if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
             from dyno.kernels._adamw8bit_step import triton_step
 
             triton_step(kind, scale, rates)
         else:
-            for slot in kind:
-                reference_step(*slot, scale, rates)
+            for item in kind:
+                reference_step(*item, scale, rates)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw import Rates, Slot
+from dyno.kernels._adamw import Operands, Rates
 from dyno.kernels._adamw8bit import BLOCK, table
 from dyno.kernels._adamw_step import descended
 from dyno.kernels._tensor_lists import ELEMENTS, addresses, chunks, pointer
@@ -123,14 +123,14 @@ def _step_rows(
     tl.store(second_scale, v_scale, mask=begun)
 
 
-def triton_step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+def triton_step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of parameters of the same types on one device, in one pass."""
-    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, *s.first, *s.second) for s in slots]
+    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, *s.first, *s.second) for s in items]
     weight, _, grad, *_ = rows[0]
     tables = (table(signed, weight.device)[0] for signed in (True, False))
-    each = chunks(tuple(s.weight.numel() for s in slots), BLOCK * ROWS * TURNS, weight.device)
+    each = chunks(tuple(s.weight.numel() for s in items), BLOCK * ROWS * TURNS, weight.device)
     places, alignment = addresses(rows)
     _step[(len(each.owners),)](
         places, *each, *tables, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],
-        HAS_MASTER=slots[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, ROWS=ROWS, TURNS=TURNS, num_warps=2,
+        HAS_MASTER=items[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, ROWS=ROWS, TURNS=TURNS, num_warps=2,
     )  # fmt: skip

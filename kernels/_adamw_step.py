@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyno.kernels._adamw import Rates, Slot
+from dyno.kernels._adamw import Operands, Rates
 from dyno.kernels._tensor_lists import ELEMENTS, addresses, chunks, pointer
 
 BLOCK = 1024  # numbers a program: 8.2 ms for 1.2 G parameters on an H200, with four times as many 8.5
@@ -72,13 +72,13 @@ def _step_block(
     tl.store(weight, w.to(weight.dtype.element_ty), mask=inside)
 
 
-def triton_step(slots: Sequence[Slot], scale: Tensor, rates: Rates) -> None:
+def triton_step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of parameters of the same types on one device, in one pass."""
-    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, s.first, s.second) for s in slots]
+    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, s.first, s.second) for s in items]
     weight, _, grad, _, _ = rows[0]
-    each = chunks(tuple(s.weight.numel() for s in slots), BLOCK, weight.device)
+    each = chunks(tuple(s.weight.numel() for s in items), BLOCK, weight.device)
     places, alignment = addresses(rows)
     _step[(len(each.owners),)](
         places, *each, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],
-        HAS_MASTER=slots[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, num_warps=4,
+        HAS_MASTER=items[0].master is not None, ALIGNMENT=alignment, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

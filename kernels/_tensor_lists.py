@@ -28,7 +28,7 @@ class Chunks(NamedTuple):
 
 @lru_cache(maxsize=8)
 def chunks(counts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
-    """Those of `size` numbers, of tensors that have so many."""
+    """Those of `size` numbers, of tensors that have so many; kept for the next step, 8 bytes a chunk."""
     each = [-(-count // size) for count in counts]
     owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(each))
     numbers = torch.cat([torch.arange(n, dtype=torch.int32) for n in each])
@@ -36,7 +36,11 @@ def chunks(counts: tuple[int, ...], size: int, device: torch.device) -> Chunks:
 
 
 def addresses(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, int]:
-    """int64 (rows, tensors a row) on their device; WHOLE where it divides all of them, else 1, as of a shard's part."""
+    """Of contiguous tensors: int64 (rows, tensors a row) on their device; WHOLE where it divides all addresses, else 1.
+
+    A part of a bucket may begin anywhere. One that does makes the whole launch read number by number.
+    """
+    assert all(t.is_contiguous() for row in rows for t in row)
     found = [[t.data_ptr() for t in row] for row in rows]
     alignment = 1 if any(address % WHOLE for row in found for address in row) else WHOLE
     table, device = torch.tensor(found), rows[0][0].device

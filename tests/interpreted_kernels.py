@@ -12,11 +12,12 @@ from test_attention_techniques import build, device, recipe, run
 from test_kernels_attention import CASES, DOCUMENTS, problem, starts_of
 from test_kernels_quantized import GRIDS, MATRICES
 from test_loss import SHAPES, agree
-from test_optimizers import SEVERAL, compare_single_passes, compare_steps
+from test_optimizers import SEVERAL, compare_kinds, compare_single_passes, compare_steps
 from test_packing import packed_row_trains_like_its_documents
 
 from dyno.errors import UserError
 from dyno.kernels import (
+    _adamw,
     _adamw8bit,
     _adamw8bit_step,
     _adamw_step,
@@ -217,6 +218,13 @@ def test_eight_bit_adamw(counts, dtype):
 @pytest.mark.parametrize("counts", SEVERAL, ids=str)
 def test_a_single_pass(counts, dtype):
     compare_single_passes(_adamw_step.triton_step, counts, dtype, "cpu", shift=len(counts) % 2)
+
+
+@pytest.mark.parametrize("kernel", [_adamw, _adamw8bit])
+def test_parameters_of_every_kind(kernel):
+    """A gradient wider than its weight, and a narrow weight without a master, among them."""
+    version = _adamw_step if kernel is _adamw else _adamw8bit_step
+    compare_kinds(kernel, version.triton_step, "cpu")
 
 
 @triton.jit

@@ -96,7 +96,7 @@ def cross_entropy(element):
 TABLES = {"Addresses": "i64", "Counts": "i64", "Owners": "i32", "Numbers": "i32"}  # of kernels over many tensors
 
 
-def parameters(module, warps, **constants):
+def step_kernel(module, warps, **constants):
     import triton.language as tl
 
     pointers = {**TABLES, **dict.fromkeys(("Signed", "Unsigned", "Scale"), "fp32")}
@@ -108,13 +108,13 @@ def parameters(module, warps, **constants):
 def adamw8bit():
     from dyno.kernels import _adamw8bit_step
 
-    return parameters(_adamw8bit_step, 2, ROWS=_adamw8bit_step.ROWS, TURNS=_adamw8bit_step.TURNS)
+    return step_kernel(_adamw8bit_step, 2, ROWS=_adamw8bit_step.ROWS, TURNS=_adamw8bit_step.TURNS)
 
 
 def adamw():
     from dyno.kernels import _adamw_step
 
-    return parameters(_adamw_step, 4)
+    return step_kernel(_adamw_step, 4)
 
 
 def square_sums():

@@ -298,12 +298,12 @@ def test_projections_join_where_they_are_plain_and_asked_for(tmp_path):
     x, layers = torch.randn(3, 8), [torch.nn.Linear(8, n) for n in (8, 4, 4)]
     calls = []
     layers[1].forward = lambda x: calls.append(x) or x[:, :4]  # as a replaced layer computes by itself
-    layers[1].__class__ = type("Other", (torch.nn.Linear,), {})
     made = torch_compile.project_joined(x, *layers)
     assert [y.shape[-1] for y in made] == [8, 4, 4] and len(calls) == 1
     technique = TorchCompile(join_projections=True)
     assert "training" in technique.unsupported(tiny.pipeline(tmp_path, "workload=generate").recipe, device("cuda"))
     assert "fp8" in technique.unsupported(tiny.pipeline(tmp_path, "precision=fp8").recipe, device("cuda"))
+    assert "tensor" in technique.unsupported(tiny.pipeline(tmp_path, "parallelism=tensor").recipe, device("cuda"))
 
 
 def test_compile_says_what_it_cannot_do(tmp_path, monkeypatch):

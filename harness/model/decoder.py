@@ -56,8 +56,8 @@ class Cache(Protocol):
 class _Rows(torch.autograd.Function):
     """Rows of a table (V, E) by tokens. Its gradient is added up in as many rows as there are tokens, in fp32.
 
-    A compiler's own makes a table of zeros in fp32, adds to it and narrows it: 16 bytes a number of a table in bf16 move.
-    Of this one, all but the tokens' rows fuse with whatever takes the gradient.
+    A compiler's own makes a table of zeros in fp32, adds to it and narrows it: 10 bytes a number of a table in bf16 move.
+    Of this one, all but the tokens' rows fuse with whatever takes the gradient, as a tied head's.
     """
 
     @staticmethod
@@ -77,10 +77,11 @@ class _Rows(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """tokens (...) -> (..., E)."""
+    """tokens (...) -> (..., E); compiled, with the gradient of `_Rows` where that is smaller and ranks do not split it."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self.weight.requires_grad and type(self.weight) is nn.Parameter:
+        few = tokens.numel() < self.weight.shape[0]
+        if torch.compiler.is_compiling() and few and self.weight.requires_grad and type(self.weight) is nn.Parameter:
             return _Rows.apply(tokens, self.weight)
         return super().forward(tokens)
 

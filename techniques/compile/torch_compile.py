@@ -45,6 +45,8 @@ class TorchCompile(Technique):
             return "compile.join_projections=true is for training; leave it out"
         if self.join_projections and recipe.option("precision") == "fp8":
             return "precision=fp8 joins projections by itself; leave out compile.join_projections=true"
+        if self.join_projections and recipe.config["parallelism"].get("tp", 1) > 1:
+            return "tensor ranks split each projection by itself; leave out compile.join_projections=true"
         if recipe.config["workload"]["measures"] == "infer":
             decode = recipe.option("decoding")
             if recipe.option("kv_cache") == "none":
@@ -52,7 +54,7 @@ class TorchCompile(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        """Fused elementwise chains keep fewer intermediates."""
+        """Fused elementwise chains keep fewer intermediates; joined weights lie beside each other once more."""
         joined = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim if self.join_projections else 0
         share = joined / (shape.block_parameters / shape.layers)
         return Footprint(fused=True, fused_loss=not self.per_block, joined_share=share)
@@ -76,15 +78,13 @@ class TorchCompile(Technique):
 
 
 def project_joined(x: Any, *layers: Any) -> tuple[Any, ...]:
-    """The decoder's seam `project` by one product, where layers are plain and their weights whole."""
+    """The decoder's seam `project` by one product, where layers are plain ones."""
     import torch
     from torch.nn.functional import linear
 
     from dyno.model.decoder import project_each
 
-    if len(layers) == 1 or any(
-        type(layer) is not torch.nn.Linear or hasattr(layer.weight, "placements") for layer in layers
-    ):
+    if len(layers) == 1 or any(type(layer) is not torch.nn.Linear or "forward" in vars(layer) for layer in layers):
         return project_each(x, *layers)
     made = linear(x, torch.cat([layer.weight for layer in layers])).split([layer.out_features for layer in layers], -1)
     # The last, values, is kept as it is: as a part of the product it would keep the whole of it.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyno.kernels import _adamw, _adamw8bit
-from dyno.kernels._adamw import Rates, Slot
+from dyno.kernels._adamw import Operands, Rates
 from dyno.kernels._adamw8bit import Moment, empty_moment
 from dyno.stages.shards import local
 
@@ -40,7 +40,7 @@ class SinglePass(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        slots: dict[Rates, list[Slot]] = defaultdict(list)
+        items: dict[Rates, list[Operands]] = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -52,10 +52,10 @@ class SinglePass(torch.optim.Optimizer, ABC):
                     if weight.dtype != torch.float32:
                         state["master"] = weight.float()
                 state["step"] += 1
-                slot = Slot(weight, state.get("master"), local(p.grad).contiguous(), *self.both(state))
-                slots[Rates.of(group, state["step"])].append(slot)
-        for rates, alike in slots.items():
-            self.update(alike, rates)
+                item = Operands(weight, state.get("master"), local(p.grad).contiguous(), *self.both(state))
+                items[Rates.of(group, state["step"])].append(item)
+        for rates, together in items.items():
+            self.update(together, rates)
 
     @abstractmethod
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class SinglePass(torch.optim.Optimizer, ABC):
         """Both moments of a parameter's state, as `update` takes them."""
 
     @abstractmethod
-    def update(self, slots: list[Slot], rates: Rates) -> None:
+    def update(self, items: list[Operands], rates: Rates) -> None:
         """One step of parameters, in place; `self.scale` is what gradients count."""
 
 
@@ -81,8 +81,8 @@ class SinglePassAdamW(SinglePass):
     def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def update(self, slots: list[Slot], rates: Rates) -> None:
-        _adamw.step(slots, self.scale, rates)
+    def update(self, items: list[Operands], rates: Rates) -> None:
+        _adamw.step(items, self.scale, rates)
 
 
 class AdamW8bit(SinglePass):
@@ -95,5 +95,5 @@ class AdamW8bit(SinglePass):
     def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
         return Moment(state["m_codes"], state["m_scales"]), Moment(state["v_codes"], state["v_scales"])
 
-    def update(self, slots: list[Slot], rates: Rates) -> None:
-        _adamw8bit.step(slots, self.scale, rates)
+    def update(self, items: list[Operands], rates: Rates) -> None:
+        _adamw8bit.step(items, self.scale, rates)

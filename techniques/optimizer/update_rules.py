@@ -33,7 +33,6 @@ class AdamW8bit(Technique):
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
-        # One launch, but Python sees to every parameter for about as long as a launch takes.
         return Footprint(optimizer_bytes=2 + 2 * 4 / 256, one_pass_step=True, step_launches=shape.tensors)
 
     def apply(self, run: Run) -> None:
