@@ -5,7 +5,7 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,22 +70,34 @@ def descend(weight: Tensor, master: Tensor | None, first: Tensor, second: Tensor
 
 def step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of each, on a GPU in one pass over memory and one launch for all of a kind."""
+    step_kinds(items, scale, rates, _by_triton, reference_step)
+
+
+def _by_triton(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
+    from dyno.kernels._adamw_step import triton_step
+
+    triton_step(items, scale, rates)
+
+
+def step_kinds(
+    items: Sequence[Operands], scale: Tensor, rates: Rates, together: Callable[..., None], each: Callable[..., None]
+) -> None:
+    """Those of a kind together where Triton compiles for their device, each by itself elsewhere."""
     for kind in alike(items):
         if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
-            from dyno.kernels._adamw_step import triton_step
-
-            triton_step(kind, scale, rates)
+            together(kind, scale, rates)
         else:
             for item in kind:
-                reference_step(*item, scale, rates)
+                each(*item, scale, rates)
 
 
 def alike(items: Sequence[Operands]) -> list[list[Operands]]:
     """Those of the same types on the same device together; those of nothing, as a rank may hold, left out."""
     kinds: dict[Any, list[Operands]] = {}
-    for s in items:
-        if s.weight.numel():
-            kinds.setdefault((s.weight.device, s.weight.dtype, s.grad.dtype, s.master is None), []).append(s)
+    for item in items:
+        if item.weight.numel():
+            kind = item.weight.device, item.weight.dtype, item.grad.dtype, item.master is None
+            kinds.setdefault(kind, []).append(item)
     return list(kinds.values())
 
 

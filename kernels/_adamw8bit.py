@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dyno.kernels import triton_missing
-from dyno.kernels._adamw import Operands, Rates, alike, descend
+from dyno.kernels._adamw import Operands, Rates, descend, step_kinds
 
 BLOCK = 256
 
@@ -86,11 +85,10 @@ def reference_step(
 
 def step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of each, whose moments are `Moment`s; by Triton on a GPU, in one launch for all of a kind."""
-    for kind in alike(items):
-        if kind[0].weight.is_cuda and triton_missing(kind[0].weight.device) is None:
-            from dyno.kernels._adamw8bit_step import triton_step
+    step_kinds(items, scale, rates, _by_triton, reference_step)
 
-            triton_step(kind, scale, rates)
-        else:
-            for item in kind:
-                reference_step(*item, scale, rates)
+
+def _by_triton(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
+    from dyno.kernels._adamw8bit_step import triton_step
+
+    triton_step(items, scale, rates)

@@ -125,10 +125,10 @@ def _step_rows(
 
 def triton_step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of parameters of the same types on one device, in one pass."""
-    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, *s.first, *s.second) for s in items]
+    rows = [(o.weight, o.weight if o.master is None else o.master, o.grad, *o.first, *o.second) for o in items]
     weight, _, grad, *_ = rows[0]
     tables = (table(signed, weight.device)[0] for signed in (True, False))
-    each = chunks(tuple(s.weight.numel() for s in items), BLOCK * ROWS * TURNS, weight.device)
+    each = chunks(tuple(o.weight.numel() for o in items), BLOCK * ROWS * TURNS, weight.device)
     places, alignment = addresses(rows)
     _step[(len(each.owners),)](
         places, *each, *tables, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],

@@ -74,9 +74,9 @@ def _step_block(
 
 def triton_step(items: Sequence[Operands], scale: Tensor, rates: Rates) -> None:
     """`reference_step` of parameters of the same types on one device, in one pass."""
-    rows = [(s.weight, s.weight if s.master is None else s.master, s.grad, s.first, s.second) for s in items]
+    rows = [(o.weight, o.weight if o.master is None else o.master, o.grad, o.first, o.second) for o in items]
     weight, _, grad, _, _ = rows[0]
-    each = chunks(tuple(s.weight.numel() for s in items), BLOCK, weight.device)
+    each = chunks(tuple(o.weight.numel() for o in items), BLOCK, weight.device)
     places, alignment = addresses(rows)
     _step[(len(each.owners),)](
         places, *each, scale, *rates, ELEMENT=ELEMENTS[weight.dtype], GRADIENT=ELEMENTS[grad.dtype],
