@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,11 @@ class Stasher:
         self.current: Group | None = None
         self.ours: set[int] = set()
 
-    def block(self, first: bool) -> torch.autograd.graph.saved_tensors_hooks:
-        """The hooks of the next block; `first`: a forward pass begins."""
+    def block(self, first: bool, shared: Iterable[Any] = ()) -> torch.autograd.graph.saved_tensors_hooks:
+        """The hooks of the next block; `first`: a forward pass begins. Tensors that all blocks are given stay."""
         if first:
             self.last, self.current, self.ours = None, None, self.stays()
+        self.ours |= {t.untyped_storage()._cdata for t in shared if isinstance(t, Tensor)}
         group = self.last = Group(self.last)
         if group.before is not None and group.before.before is not None:
             self._settle(group.before.before)

@@ -65,7 +65,7 @@ class HostActivations(Offload):
                 index = position[id(block)]
                 if index >= going or not x.requires_grad:
                     return call(block, x, *rest)
-                with stasher.block(first=index == 0):
+                with stasher.block(index == 0, shared=rest):
                     return call(block, x, *rest)
 
             return call_block
