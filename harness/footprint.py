@@ -64,9 +64,8 @@ class Footprint:
     input_bytes: float | None = None  # of their inputs, by products that take layers of one input together
     matmul_dtype: str | None = None  # of the matrix products
     wide_dtype: str | None = None  # of head and attention, where it is another
-    matmul_gain: float | None = (
-        None  # how much faster than those the others are, where no ceiling of theirs was measured
-    )
+    # How much faster than those of `wide_dtype` the others are, where no ceiling of theirs was measured.
+    matmul_gain: float | None = None
 
     # Shares of the model and of the batch
     linear_factor: float = 1.0  # of the weights of the blocks that are served

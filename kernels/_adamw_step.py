@@ -11,7 +11,7 @@ from torch import Tensor
 from dyno.kernels._adamw import Operands, Rates
 from dyno.kernels._tensor_lists import ELEMENTS, addresses, chunks, pointer
 
-BLOCK = 1024  # numbers a program: 8.2 ms for 1.2 G parameters on an H200, with four times as many 8.5
+BLOCK = 1024  # numbers a program: more are slower (docs/LOG.md)
 
 
 @triton.jit

@@ -304,13 +304,16 @@ def compare_kinds(kernel, step, place):
 
     found, expected = after(by_kind, items(), 2), after(one_by_one(kernel.reference_step), items(), 2)
     for one, other in zip(found, expected, strict=True):
+        if not one.weight.numel():
+            continue
         for got, want in ((one.weight, other.weight), (one.master, other.master)):
             # The interpreter cuts off, not rounds: twice, where there is no master.
             torch.testing.assert_close(got, want, atol=2e-3, rtol=2**-6)
         for got, want in zip(one[3:], other[3:], strict=True):
-            codes = isinstance(got, eight.Moment)
-            assert (got.codes == want.codes).float().mean() > 0.98 if codes and got.codes.numel() else True
-            torch.testing.assert_close(*(m.scales if codes else m for m in (got, want)), rtol=0.02, atol=1e-6)
+            if kernel is eight:
+                assert (got.codes == want.codes).float().mean() > 0.98
+                got, want = got.scales, want.scales
+            torch.testing.assert_close(got, want, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [single, eight])

@@ -133,10 +133,15 @@ def _(positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, S, H, D), pairs (i, i + D/2) (Su et al. 2021, arXiv:2104.09864).
 
-    Before heads come first: its gradient then lies as the projections' backward pass reads it, without a copy.
+    Before heads come first: a compiler then writes its gradient as the projections' backward pass reads it, not in a copy.
     """
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear layer adds to its product, in the product's type."""
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def project_each(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:

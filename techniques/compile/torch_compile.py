@@ -41,16 +41,25 @@ class TorchCompile(Technique):
             return f"compile.mode is {self.mode}; it takes {', '.join(MODES)}"
         if device.kind == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++", "c++")):
             return "torch.compile on a CPU needs a C++ compiler (g++ or clang++) on the path"
-        if self.join_projections and recipe.config["workload"]["measures"] == "infer":
-            return "compile.join_projections=true is for training; leave it out"
-        if self.join_projections and recipe.option("precision") == "fp8":
-            return "precision=fp8 joins projections by itself; leave out compile.join_projections=true"
-        if self.join_projections and recipe.config["parallelism"].get("tp", 1) > 1:
-            return "tensor ranks split each projection by itself; leave out compile.join_projections=true"
+        if self.join_projections and (why := self.keeps_apart(recipe, device)):
+            return f"{why}; leave out compile.join_projections=true"
         if recipe.config["workload"]["measures"] == "infer":
             decode = recipe.option("decoding")
             if recipe.option("kv_cache") == "none":
                 return f"compile with kv_cache=none would recompile at every length of {decode} decoding"
+        return None
+
+    def keeps_apart(self, recipe: Recipe, device: Device) -> str | None:
+        """Why projections cannot be joined, or are joined already."""
+        from dyno.plan import shape_of
+
+        if recipe.config["workload"]["measures"] == "infer":
+            return "projections are joined in training only"
+        if recipe.config["parallelism"].get("tp", 1) > 1:
+            return "tensor ranks split each projection by itself"
+        shape, precisions = shape_of(recipe), recipe.techniques["precision"]
+        if shape is not None and any(t.footprint(shape, device).input_bytes is not None for t in precisions):
+            return f"precision={recipe.option('precision')} joins projections by itself"
         return None
 
     def footprint(self, shape: Shape, device: Device) -> Footprint:
@@ -82,11 +91,11 @@ def project_joined(x: Any, *layers: Any) -> tuple[Any, ...]:
     import torch
     from torch.nn.functional import linear
 
-    from dyno.model.decoder import project_each
+    from dyno.model.decoder import project_each, with_bias
 
     if len(layers) == 1 or any(type(layer) is not torch.nn.Linear or "forward" in vars(layer) for layer in layers):
         return project_each(x, *layers)
     made = linear(x, torch.cat([layer.weight for layer in layers])).split([layer.out_features for layer in layers], -1)
     # The last, values, is kept as it is: as a part of the product it would keep the whole of it.
     made = [*made[:-1], made[-1].contiguous()]
-    return tuple(y if layer.bias is None else y + layer.bias.to(y.dtype) for y, layer in zip(made, layers, strict=True))
+    return tuple(with_bias(y, layer.bias) for y, layer in zip(made, layers, strict=True))

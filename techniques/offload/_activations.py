@@ -53,8 +53,8 @@ class Stasher:
     def block(self, first: bool, shared: Iterable[Any] = ()) -> torch.autograd.graph.saved_tensors_hooks:
         """The hooks of the next block; `first`: a forward pass begins. Tensors that all blocks are given stay."""
         if first:
-            self.last, self.current, self.ours = None, None, self.stays()
-        self.ours |= {t.untyped_storage()._cdata for t in shared if isinstance(t, Tensor)}
+            given = {t.untyped_storage()._cdata for t in shared if isinstance(t, Tensor)}
+            self.last, self.current, self.ours = None, None, self.stays() | given
         group = self.last = Group(self.last)
         if group.before is not None and group.before.before is not None:
             self._settle(group.before.before)

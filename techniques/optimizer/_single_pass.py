@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from dyno.stages.shards import local
 
 
 class SinglePass(torch.optim.Optimizer, ABC):
-    """An optimizer whose step is `update` of all parameters that share their rates, which are all but for a late one.
+    """An optimizer that steps all parameters of the same rates at once, which are all but for a late one.
 
     The gradient is scaled to the clipped norm while it is used, and a parameter in 16 bits is written beside its fp32
     master, which lies in the state. Sharded parameters step by this rank's parts; their norm is clipped before.
     """
+
+    kernel: ModuleType  # whose `step` it is
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
@@ -55,7 +58,7 @@ class SinglePass(torch.optim.Optimizer, ABC):
                 item = Operands(weight, state.get("master"), local(p.grad).contiguous(), *self.both(state))
                 items[Rates.of(group, state["step"])].append(item)
         for rates, together in items.items():
-            self.update(together, rates)
+            self.kernel.step(together, self.scale, rates)
 
     @abstractmethod
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
@@ -63,16 +66,13 @@ class SinglePass(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
-        """Both moments of a parameter's state, as `update` takes them."""
-
-    @abstractmethod
-    def update(self, items: list[Operands], rates: Rates) -> None:
-        """One step of parameters, in place; `self.scale` is what gradients count."""
+        """Both moments of a parameter's state, as the kernel takes them."""
 
 
 class SinglePassAdamW(SinglePass):
     """The optimizer of `adamw_single_pass`."""
 
+    kernel = _adamw
     state_of = "adamw"  # a checkpoint of either goes on under the other
 
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
@@ -81,12 +81,11 @@ class SinglePassAdamW(SinglePass):
     def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
         return state["exp_avg"], state["exp_avg_sq"]
 
-    def update(self, items: list[Operands], rates: Rates) -> None:
-        _adamw.step(items, self.scale, rates)
-
 
 class AdamW8bit(SinglePass):
     """The optimizer of `adamw8bit`: moments of 2.03 bytes a parameter, in blocks of a rank's part."""
+
+    kernel = _adamw8bit
 
     def moments(self, weight: Tensor) -> dict[str, Tensor]:
         first, second = (empty_moment(weight.numel(), signed, weight.device) for signed in (True, False))
@@ -94,6 +93,3 @@ class AdamW8bit(SinglePass):
 
     def both(self, state: dict[str, Any]) -> tuple[Any, Any]:
         return Moment(state["m_codes"], state["m_scales"]), Moment(state["v_codes"], state["v_scales"])
-
-    def update(self, items: list[Operands], rates: Rates) -> None:
-        _adamw8bit.step(items, self.scale, rates)

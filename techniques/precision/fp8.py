@@ -94,6 +94,7 @@ def fits(layer: Any) -> bool:
 def projection(recipe: Any) -> Any:
     """The decoder's seam `project` in fp8: one product for all layers that fit, the plain layer for the others."""
     from dyno.kernels import _fp8
+    from dyno.model.decoder import with_bias
 
     def project(x: Any, *layers: Any) -> tuple[Any, ...]:
         narrow = [layer for layer in layers if fits(layer)]
@@ -101,7 +102,3 @@ def projection(recipe: Any) -> Any:
         return tuple(with_bias(next(made), layer.bias) if fits(layer) else layer(x) for layer in layers)
 
     return project
-
-
-def with_bias(y: Any, bias: Any) -> Any:
-    return y if bias is None else y + bias.to(y.dtype)
