@@ -144,16 +144,15 @@ def checkpointing_table(*places: Path) -> list[str]:
 
 
 def gate_table(gated: Path, ungated: Path) -> list[str]:
-    """One study within as many seconds, with the plan's gate and without it."""
+    """One study of as many trials, with the plan's gate and without it."""
     first = read_records(gated)[0]
     lines = [
         "",
         f"`dyno tune study=memory_limit`, the fastest step of `model={first['choices']['model']}` in "
-        f"{first['config']['measure']['memory_limit_gib']} GiB of a GPU, with the plan's gate and without it for as long a time "
-        "(`results/reference/h200/README.md`). Runs that the gate let into the limit ended for want of memory in one piece, "
-        "for which the plan now leaves room.",
+        f"{first['config']['measure']['memory_limit_gib']} GiB of a GPU, with the plan's gate and without it, each to the end of "
+        "its trials (`results/reference/h200/README.md`):",
         "",
-        "| | refused before a run | ran | out of memory in a run | best |",
+        "| | did not fit, by the plan | ran | out of memory in a run | best |",
         "|---|---|---|---|---|",
     ]
     for label, where in (("the plan refuses", gated), ("everything runs", ungated)):
