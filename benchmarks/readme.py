@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+import layouts
 import readme_layouts
 import readme_planner
 from readme_layouts import cell
@@ -108,39 +109,40 @@ def largest_table(*paths: Path) -> list[str]:
     ]
 
 
-def checkpointing_table(*places: Path) -> list[str]:
-    """Ways of checkpointing on the 1b shape, against keeping everything, eager and compiled apart; times on one GPU."""
-    records = [r for where in places for r in read_records(where) if r["status"] == "ok"]
-    records.sort(key=lambda r: r["created"])
+def checkpointing_table(where: Path) -> list[str]:
+    """Ways of checkpointing on the 1b shape on one GPU, against keeping everything, eager and compiled apart."""
+    records = [r for r in read_records(where) if r["status"] == "ok"]
+    records.sort(key=lambda r: (r["choices"]["compile"], -r["metrics"]["activation_bytes"]["value"]))
     first = records[0]["config"]["workload"]
     lines = [
         "",
-        f"Checkpointing on `model=1b` at {first['batch']} x {first['seq']} tokens in bf16, against none (the time where both ran "
-        "on one kind of GPU):",
+        f"Checkpointing on `model=1b` at {first['batch']} x {first['seq']} tokens in bf16 on one "
+        f"{records[0]['fingerprint']['device']}, against none:",
         "",
-        "| checkpointing | compile | activations | peak memory | recomputed | step | GPU |",
-        "|---|---|---|---|---|---|---|",
+        "| checkpointing | compile | activations | peak memory | recomputed | step |",
+        "|---|---|---|---|---|---|",
     ]
+    signs, notes = readme_layouts.marks(records, layouts.outdated(where))
     plain = {
-        r["choices"]["compile"]: r
+        r["choices"]["compile"]: r["metrics"]
         for r in records
         if r["choices"]["checkpointing"] == r["choices"]["offload"] == "none"
     }
     for record in records:
-        metrics, choices = record["metrics"], record["choices"]
-        base = plain[choices["compile"]]
-        ratios = {n: metrics[n]["value"] / base["metrics"][n]["value"] - 1 for n in ("activation_bytes", "step_time_s")}
-        device, window = record["fingerprint"]["device"], record["windows"]["train"]
-        added = f" ({ratios['step_time_s']:+.0%})" if device == base["fingerprint"]["device"] else ""
+        metrics, choices, window = record["metrics"], record["choices"], record["windows"]["train"]
+        shown = {
+            name: f"{cell(metrics[name])} ({metrics[name]['value'] / plain[choices['compile']][name]['value'] - 1:+.0%})"
+            for name in ("activation_bytes", "peak_memory_bytes", "step_time_s")
+        }
         knob = record["config"]["checkpointing"].get("budget")
         name = f"{choices['checkpointing']} {knob}" if knob else choices["checkpointing"]
+        name = name if choices["offload"] == "none" else f"offload={choices['offload']}"
         lines.append(
-            f"| {name if choices['offload'] == 'none' else 'offload=' + choices['offload']} | {choices['compile']} | "
-            f"{cell(metrics['activation_bytes'])} ({ratios['activation_bytes']:+.0%}) | {cell(metrics['peak_memory_bytes'])} | "
-            f"{metrics['recomputed_flops']['value'] / (window['flops'] / window['steps']):+.0%} FLOPs | "
-            f"{cell(metrics['step_time_s'])}{added} | {device.split()[1]} |"
+            f"| {name}{signs.get(record['id'], '')} | {choices['compile']} | "
+            f"{shown['activation_bytes']} | {shown['peak_memory_bytes']} | "
+            f"{metrics['recomputed_flops']['value'] / (window['flops'] / window['steps']):+.0%} FLOPs | {shown['step_time_s']} |"
         )
-    return lines
+    return [*lines, *notes]
 
 
 def gate_table(gated: Path, ungated: Path) -> list[str]:
@@ -265,7 +267,7 @@ def main() -> None:
         "figures": [
             *study_table(reference / "quickstart-160m"),
             *peer_table(*[path for path in peers if path.exists()]),
-            *checkpointing_table(*(reference.parent / gpu / "checkpointing" for gpu in ("h100", "h200"))),
+            *checkpointing_table(reference.parent / "h200" / "checkpointing"),
             *largest_table(*(reference.parent / gpu / "largest_model.jsonl" for gpu in ("h100", "h200"))),
             *gate_table(*(reference.parent / "h200" / name for name in ("memory_limit", "memory_limit_ungated"))),
             *kernel_table(reference / "kernels"),
