@@ -240,6 +240,14 @@ def test_a_block_that_a_layout_holds_is_measured_by_one_of_its_sizes(tmp_path, m
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_measuring_a_block_leaves_nothing_behind(tmp_path):
+    run = prepared(tmp_path)
+    own = {p.untyped_storage()._cdata for p in run.model.parameters()}
+    with activations.Watch() as watch:
+        optimal.block_bytes(run, run.model.blocks[0], 32)
+    assert len(watch.made) > 50 and watch.alive().keys() <= own
+
+
 def test_a_budget_in_gib_is_kept_by_the_run_and_shown_by_the_plan(plain, tmp_path):
     """Half of what `none` keeps, in GiB: the run stays below it, and says what it was predicted to hold."""
     rows = optimal.rows_at_once(prepared(tmp_path, "checkpointing=optimal"))

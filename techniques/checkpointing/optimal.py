@@ -91,7 +91,8 @@ class Optimal(Recomputing):
             return Footprint()
         inside = [peak(chain, i.inner, held=True) for i in schedule if isinstance(i, Segment)]
         return Footprint(
-            activation_factor=kept(chain, schedule) / chain.everything,
+            activation_factor=1 - sum(i.end - i.start for i in schedule if isinstance(i, Segment)) / shape.layers,
+            boundaries=len(inside),
             recompute_blocks=max(inside, default=0) / FINE,
             blocks_again=recomputed(chain, schedule) / shape.layers,
             flops_factor=1 + recomputed(chain, schedule) / shape.layers * blocks_share(shape) / 3,
@@ -214,9 +215,9 @@ def block_bytes(run: Run, block: nn.Module, seq: int) -> tuple[int, int, bool]:
     for rows in (1, 2):
         kept: dict[int, Any] = {}
 
-        def pack(tensor: Any, kept: dict[int, Any] = kept) -> Any:
+        def pack(tensor: Any, kept: dict[int, Any] = kept) -> None:
+            # An output that its own node packed as itself would never be freed: nothing goes backward here.
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
 
         with run.part("autocast")(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             dtype = run.product_dtype()
