@@ -45,7 +45,8 @@ def test_what_blocks_save_goes_once_and_comes_back_a_block_ahead():
     "overrides, within",
     [([], 0.02), (["attention=sdpa"], 0.02), (["precision=bf16"], 0.02), (["precision=bf16_master"], 0.02),
      (["accumulation=gradients"], 0.05), (["offload.keep_blocks=3"], 0.02), (["checkpointing=uniform"], 0.02),
-     (["checkpointing=uniform", "offload.keep_blocks=3"], 0.02)],
+     (["checkpointing=uniform", "offload.keep_blocks=3"], 0.02),
+     (["checkpointing=optimal", "checkpointing.budget=0.7", "offload.keep_blocks=0", "precision=bf16"], 0.02)],
     ids=str,
 )  # fmt: skip
 def test_what_leaves_is_what_the_plan_says(overrides, within, tmp_path, monkeypatch):

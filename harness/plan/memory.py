@@ -98,15 +98,22 @@ def kept_bytes(print_: Footprint, block: Block) -> float:
 
 
 def leaving_bytes(shape: Shape, print_: Footprint, kind: str) -> float:
-    """Bytes that a micro-batch sends to the host: what blocks keep, with their weights as cast, or only their inputs where
-    they run again. At most, where some blocks keep more than others."""
+    """Bytes that a micro-batch sends to the host: what blocks keep, with their weights as cast, and the inputs of those that
+    run again. At most, where some blocks keep more than others."""
     if not print_.host_blocks:
         return 0.0
     block, tokens = block_of(shape, print_, kind), shape.batch * shape.seq * print_.batch_factor
-    if print_.boundaries:
-        return print_.boundaries * print_.host_blocks / shape.layers * block.boundary * print_.boundary_factor * tokens
+    inputs = print_.boundaries / shape.layers * block.boundary * print_.boundary_factor * tokens
     weights = cast_width(print_) * shape.block_parameters / shape.layers
-    return print_.host_blocks * (kept_bytes(print_, block) * tokens + weights) * print_.width_factor
+    weights *= whole_share(print_) if print_.boundaries else 1.0
+    return print_.host_blocks * (inputs + (kept_bytes(print_, block) * tokens + weights) * print_.width_factor)
+
+
+def whole_share(print_: Footprint) -> float:
+    """The share of the blocks that keep all, and so their weights as cast."""
+    if print_.boundaries:
+        return print_.activation_factor
+    return 0.0 if print_.recompute_blocks else 1.0
 
 
 def casts_weights(print_: Footprint) -> bool:
@@ -234,17 +241,20 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     }
     gradients = gradient * held * print_.gradient_factor
     before = gradients * print_.earlier_gradients if print_.micro_batches > 1 else 0.0  # of those before this one
-    # Every micro-batch in flight has cast the weights for itself, and its graph keeps them; compiled blocks that run again
-    # cast again, and so do products with a cast of their own. A loss in chunks casts the head for itself.
+    # Every micro-batch in flight has cast the weights for itself, and its graph keeps those of blocks that do not run again,
+    # unless they have gone to the host. Autocast keeps all until its forward pass is over; compiled blocks and products with
+    # a cast of their own know nothing of it. A loss in chunks casts the head for itself.
     narrow = w if w < stored else 0.0
     block_cast = cast_width(print_)
     cast_head = narrow * head * (1 + print_.kept_losses) if print_.logits_rows is None else 0.0
-    # Where blocks run again no graph keeps casts, only autocast does, until its forward pass is over.
     checkpointed = print_.recompute_blocks > 0
     cast_blocks = block_cast * shape.block_parameters * split
-    cast_blocks *= 1.0 if checkpointed else print_.in_flight
-    again = checkpointed and (print_.fused or (print_.cast_bytes is not None and not print_.keeps_products))
-    cast = cast_head + (0.0 if again else cast_blocks)
+    whole = whole_share(print_)  # blocks that stay are the last ones, as are those that are kept whole
+    staying = min(1.0, print_.stay_factor / whole) if whole else print_.stay_factor
+    in_graph = cast_blocks * whole * staying
+    elsewhere = print_.fused or (print_.cast_bytes is not None and not print_.keeps_products)
+    cast_kept = print_.in_flight * in_graph
+    cast = cast_head + cast_kept + (0.0 if elsewhere else cast_blocks - in_graph)
 
     block, layers = block_of(shape, print_, kind), shape.layers * print_.layer_factor
     per_block = tokens * print_.width_factor
@@ -253,10 +263,9 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     recomputed = print_.recompute_blocks * inside
     if print_.keeps_products:  # the rest of the scores is made again
         recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
-    kept = layers * kept_inside
     boundary = block.boundary * print_.boundary_factor * tokens
-    kept += print_.boundaries * print_.layer_factor * boundary
-    kept *= print_.in_flight * print_.stay_factor
+    inputs = print_.boundaries * print_.layer_factor * boundary
+    kept = print_.in_flight * (layers * kept_inside * staying + inputs * print_.stay_factor)
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
     ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
@@ -265,7 +274,6 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     one = shape.block_parameters * print_.width_factor / shape.layers  # of a block
     mlp_share = 3 * shape.hidden * shape.ffn * print_.width_factor
     segment = max(1.0, print_.recompute_blocks)
-    cast_kept = block_cast * segment * one if checkpointed else cast_blocks
 
     logits = logits_of(shape, print_)
     loss_forward, loss_backward = loss_moments(shape, print_, stored)
@@ -281,7 +289,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     }
     loss = max(
         alive | {"logits": loss_forward + others, "cast weights": cast},
-        alive | {"logits": loss_backward + others, "cast weights": cast_head if checkpointed else cast},
+        alive | {"logits": loss_backward + others, "cast weights": cast_head + cast_kept},
         key=total,
     )
     exchange = gradient - block_cast  # a gradient comes, the cast weight goes
@@ -301,7 +309,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "activations": kept + ends,
         **mask,
         "recomputed inside": recomputed,
-        "cast weights": cast_kept,
+        "cast weights": cast_kept + (block_cast * segment * one if checkpointed else 0.0),
         "visiting weights": visiting,
         "temporaries": max(0.0, moments - block.norm * tokens),
     }
