@@ -14,6 +14,9 @@ import readme_layouts
 import readme_planner
 from readme_layouts import cell
 
+from dyno.measure.environment import Device
+from dyno.plan import Plan, predict
+from dyno.recipe import Recipe
 from dyno.record import read_records
 from dyno.show import si
 
@@ -166,7 +169,18 @@ def gate_table(gated: Path, ungated: Path) -> list[str]:
             f"| {label} | {len(refused)} | {len(ran)} | {len(full) - len(refused)} | "
             f"{cell(best['metrics']['tokens_per_s'])} by {told(best)} |"
         )
+    ran = [r for where in (gated, ungated) for r in read_records(where) if r["status"] == "ok"]
+    over = {told(r): plan.needed_bytes for r in ran if (plan := planned(r)).verdict()}
+    if over:
+        refused = ", ".join(f"{recipe} ({si(needed, 'B')} with its reserve)" for recipe, needed in over.items())
+        lines += ["", f"Of the {len(ran)} that ran today's plan would refuse {len(over)}: {refused}."]
     return lines
+
+
+def planned(record: dict) -> Plan:
+    """What today's plan says of a run on one GPU, whose memory the run's own limit bounds."""
+    name = record["fingerprint"]["device"]
+    return predict(Recipe(record["config"], record["choices"]), Device("cuda", 0, name, 2**40, (9, 0), None, 1))
 
 
 def told(record: dict) -> str:

@@ -88,6 +88,7 @@ class Footprint:
     recompute_blocks: float = 0.0  # whose inside the backward pass makes again and holds at once
     blocks_again: float = 0.0  # share of the blocks whose forward pass runs again
     keeps_products: bool = False  # what runs again has kept every product's output
+    product_numbers: float = 0.0  # a token of a block, that these and its input are
     flops_factor: float = 1.0  # FLOPs of a step over those of one without
     earlier_gradients: float = 1.0  # share of the gradients that micro-batches before have left by then
     fused: bool = False  # a compiler fuses elementwise chains

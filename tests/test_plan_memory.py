@@ -82,26 +82,31 @@ def test_allocations_count_storages_once_and_give_them_back():
 
 
 def test_random_recipes_measured_on_gpus_peak_where_the_plan_says():
-    """523 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 4%, and 95% within 6.5%."""
+    """523 recorded runs of every kind of recipe: half within 0.3%, nine in ten within 2.5%, and 95% within 6%."""
     where = [RECORDS / gpu / "planner" for gpu in ("h100", "h200")]
     found = [calibrate.read(path) for path in where]
     old = {run for path in where for run in outdated(path)}
     samples = [sample for some, _ in found for sample in some if sample.id not in old]
     errors = np.abs(calibrate.errors(calibrate.usable(samples, "memory"), None, "memory"))
     assert sum(left_out for _, left_out in found) == 0 and len(errors) == 523
-    assert np.median(errors) < 0.003 and np.quantile(errors, 0.9) < 0.04 and np.quantile(errors, 0.95) < 0.065
+    assert np.median(errors) < 0.003 and np.quantile(errors, 0.9) < 0.025 and np.quantile(errors, 0.95) < 0.06
 
 
 def test_what_ran_out_of_memory_under_a_limit_would_have_been_refused_and_what_ran_would_not():
-    """32 runs of a study of 1b under 24 GiB, half of them with the gate open: no miss either way."""
+    """32 runs of a study of 1b under 24 GiB, half of them with the gate open; one that ran is over by the plan's reserve."""
     h200 = Device("cuda", 0, "NVIDIA H200", 150754820096, (9, 0), None, 1)
-    ends = {"ok": 0, "out_of_memory": 0}
+    ends, refused = {"ok": 0, "out_of_memory": 0}, 0
     for record in (
         r for name in ("memory_limit", "memory_limit_ungated") for r in read_records(RECORDS / "h200" / name)
     ):
         if record["status"] not in ends or (record["reason"] or "").startswith("predicted"):
             continue
-        verdict = predict(Recipe(record["config"], record["choices"]), h200).verdict()
+        plan = predict(Recipe(record["config"], record["choices"]), h200)
+        verdict = plan.verdict()
+        if record["status"] == "ok" and verdict:
+            assert plan.needed_bytes == pytest.approx(plan.device.memory_bytes, rel=0.02), record["id"]
+            refused += 1
+            continue
         assert (verdict[0] if verdict else "ok") == record["status"], record["id"]
         ends[record["status"]] += 1
-    assert ends == {"ok": 22, "out_of_memory": 10}
+    assert ends == {"ok": 21, "out_of_memory": 10} and refused == 1

@@ -25,14 +25,15 @@ Phases = dict[str, dict[str, float]]
 class Block:
     """Bytes a token that one transformer block leaves for its backward pass, and what moves inside it.
 
-    `kept` without the score matrix, `scores` of it, `product` of it as its product leaves it; `inputs` of linear layers that
-    are kept in a narrow format of their own; `boundary` the block's input; `mlp` and `attention`: the bytes that the backward
-    pass adds (or has already freed, when negative) at its two fullest moments; `forward` the same of the forward pass,
-    inside attention.
+    `kept` without the score matrix, `scores` of it, in them `copy` in the products' width beside fp32, `product` of it as
+    its product leaves it; `inputs` of linear layers that are kept in a narrow format of their own; `boundary` the block's
+    input; `mlp` and `attention`: the bytes that the backward pass adds (or has already freed, when negative) at its two
+    fullest moments; `forward` the same of the forward pass, inside attention.
     """
 
     kept: float
     scores: float
+    copy: float
     product: float
     inputs: float
     boundary: float
@@ -58,13 +59,14 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
     matrix = shape.heads * shape.seq
     # Compiled by the block, the copy is made again from the fp32 scores (two H200 records); as a whole it is kept.
     copied = mixed and print_.score_copy and (print_.fused_loss or not print_.fused)
-    scores = (FP32 + (w if copied else 0.0)) * matrix if unfused else 0.0
+    copy = w * matrix if unfused and copied else 0.0
+    scores = FP32 * matrix + copy if unfused else 0.0
     done = mlp + norm  # of this block, when the backward pass reaches attention; not yet kept in the forward pass
     if unfused:
         # Its gradient and that of the scores; CUDA's softmax multiplies its output and its gradient first. A compiler
         # makes the one from the other in the products' width.
         wide = w if print_.fused else FP32
-        moment = (3 if kind == "cuda" and not print_.fused else 2) * wide * matrix - (w * matrix if copied else 0.0)
+        moment = (3 if kind == "cuda" and not print_.fused else 2) * wide * matrix - copy
         forward = wide * matrix
     else:
         moment = w * (2 * width + 2 * max(width, keys)) + FP32 * width
@@ -81,6 +83,7 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
         kept=2 * norm + attention + mlp + qk_norms + linear,
         inputs=(print_.input_bytes or 0.0) * (2 * h + width + f),
         scores=scores,
+        copy=copy,
         product=(FP32 if own else w) * matrix if unfused else 0.0,
         boundary=w * h,
         mlp=2 * w * f + w * h,
@@ -91,9 +94,13 @@ def block_of(shape: Shape, print_: Footprint, kind: str = "cuda") -> Block:
 
 
 def kept_bytes(print_: Footprint, block: Block) -> float:
-    """Bytes a token that a block's forward pass leaves; where products are kept, of the scores that is QK' unscaled."""
+    """Bytes a token that a block's forward pass leaves; where products are kept, of the scores that is QK' unscaled.
+
+    Compiled, the last product's output, which nothing reads in the backward pass, is let go.
+    """
     if print_.keeps_products:
-        return print_.activation_factor * block.kept + block.product + block.inputs
+        outputs = activation_width(print_) * print_.product_numbers - (block.boundary if print_.fused else 0.0)
+        return outputs + block.product + block.inputs
     return print_.activation_factor * (block.kept + block.scores)
 
 
@@ -261,11 +268,15 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     inside = (block.kept + block.scores) * per_block
     kept_inside = kept_bytes(print_, block) * per_block
     recomputed = print_.recompute_blocks * inside
-    if print_.keeps_products:  # the rest of the scores is made again
-        recomputed = (print_.recompute_blocks * block.kept + block.scores) * per_block
+    if print_.keeps_products:  # the rest of the scores is made again; compiled by the block, as part of the next moment
+        again = 0.0 if print_.fused and not print_.fused_loss else block.scores
+        recomputed = (print_.recompute_blocks * block.kept + again) * per_block
     boundary = block.boundary * print_.boundary_factor * tokens
     inputs = print_.boundaries * print_.layer_factor * boundary
-    kept = print_.in_flight * (layers * kept_inside * staying + inputs * print_.stay_factor)
+    kept = layers * kept_inside * staying + inputs * print_.stay_factor
+    if print_.fused_loss and not checkpointed:  # the last block's backward pass follows at once, in the same graph
+        kept -= block.copy * per_block
+    kept *= print_.in_flight
     # The final norm, the tokens and their targets, the rotations of one sequence.
     rotated = tokens if print_.document_mask else shape.seq  # or of every one, whose documents begin elsewhere
     ends = tokens * (block.norm + 16) + 2 * w * rotated * shape.head_dim
@@ -287,9 +298,13 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
         "visiting weights": visiting,
         "temporaries": max(0.0, block.forward * per_block),
     }
+    # In a graph of the whole model the head's gradient comes while the logits' is there, in their width; in fp32, by the one
+    # record that tells, it does not.
+    beside = w * head if print_.fused_loss and print_.logits_rows is None and w < FP32 else 0.0
     loss = max(
         alive | {"logits": loss_forward + others, "cast weights": cast},
-        alive | {"logits": loss_backward + others, "cast weights": cast_head + cast_kept},
+        alive
+        | {"logits": loss_backward + others, "cast weights": cast_head + cast_kept, "gradients": max(before, beside)},
         key=total,
     )
     exchange = gradient - block_cast  # a gradient comes, the cast weight goes
@@ -300,7 +315,7 @@ def training(shape: Shape, print_: Footprint, kind: str) -> Phases:
     # Compiled, the last segment's output counts as its inside: it is recomputed while the logits' gradient waits.
     # In chunks, at most all of them; Inductor does not always (docs/LOG.md).
     waiting = 0.0
-    if print_.fused_loss and checkpointed:
+    if print_.fused_loss and checkpointed and not print_.keeps_products:
         waiting = loss_backward if print_.loss_made_again else w * logits
     start = {
         **base,

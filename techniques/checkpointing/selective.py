@@ -42,6 +42,7 @@ class Selective(Recomputing):
             activation_factor=share,
             recompute_blocks=max(0.0, 1 - share),
             keeps_products=True,
+            product_numbers=numbers,
             blocks_again=1.0,
             host_factor=HOST,
         )
