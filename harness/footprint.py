@@ -79,6 +79,7 @@ class Footprint:
     micro_batches: float = 1.0
     in_flight: float = 1.0  # micro-batches whose activations are kept at once
     ranks: int = 1
+    context_ranks: int = 1
 
     # What a forward pass leaves for the backward pass
     activation_factor: float = 1.0  # share of a block's inside that is kept
@@ -160,6 +161,10 @@ class Footprint:
     # Serving
     kv_cache_factor: float = 1.0
     graphed_decode: bool = False  # a decode pass is launched as one, and looks at all of the allocated cache
+
+    @property
+    def tensor_ranks(self) -> int:
+        return round(1 / self.width_factor)
 
     @property
     def loss_made_again(self) -> bool:

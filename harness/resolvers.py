@@ -4,7 +4,8 @@
     ${gpus_left:2,4}  the share that 2 x 4 leave, 0 where those do not divide them
     ${gpu_divisors:}  1,2,4,8 of eight
 
-A machine without a GPU counts as two: its processor runs as many ranks as one likes, and a layout takes two at least.
+A machine without a GPU counts as two: its processor runs as many ranks as one likes, and a layout takes two at least. Of
+hardware that is stated and not here one machine counts.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ PROCESSES = 2  # in the place of GPUs
 
 
 def count(root: Any) -> int:
-    from dyno.measure.environment import detect
+    from dyno.measure.environment import detect, planned
 
-    device = detect(root["hardware"])
+    try:
+        device = detect(root["hardware"])
+    except UserError:  # of hardware that is not here, which can be planned for, one machine
+        if not (stated := planned(root["hardware"])):
+            raise
+        return stated.node or stated.count
     return device.count if device.kind == "cuda" else PROCESSES
 
 

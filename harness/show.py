@@ -199,17 +199,24 @@ def serving(found: ServingTime, ceilings: str) -> list[str]:
     return out + [f"  {name}: {reason}" for name, reason in found.reasons.items()]
 
 
-def layouts(found: list[Candidate], looked: int, fitting: int, batch: int) -> None:
-    """The best layouts on stderr, each with its overrides and why it is no quicker."""
+def layouts(found: list[Candidate], looked: int, fitting: int, refused: str | None, overrides: list[list[str]]) -> None:
+    """The best layouts on stderr, each as a tuned engine and as a recipe, its overrides and why it is no quicker."""
     out = [f"predicted; {looked} layouts, {fitting} fit; the best:"]
-    for c in found:
+    if refused:
+        out[0] = (
+            f"predicted; {looked} layouts, {fitting} fit, none that was tried as a recipe here ({refused}); the quickest:"
+        )
+    for c, words in zip(found, overrides, strict=True):
         x = c.layout
         out.append(
             f"  dp {x.dp} x tp {x.tp} x pp {x.pp} x cp {x.cp}  zero {x.zero}  micro-batch {x.micro}  "
             f"recompute {x.recompute}: step {si(c.step_s, 's')}  {si(c.tokens_per_s, 'token/s')}  mfu {c.mfu:.0%}  "
             f"{si(c.memory_bytes, 'B')}"
         )
-        out += [f"    {c.why()}", f"    {' '.join(x.overrides(batch))}"]
+        out += [f"    {c.why()}"]
+        if c.plan and c.plan.step_s:
+            out += [f"    as a recipe here: step {si(c.plan.step_s, 's')}, needs {si(c.plan.needed_bytes, 'B')}"]
+        out += [f"    {' '.join(words)}"]
     print("\n".join(out), file=sys.stderr)
 
 

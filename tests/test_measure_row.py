@@ -216,6 +216,13 @@ def test_detect(monkeypatch):
 def test_a_configuration_can_stand_in_for_a_device():
     device = environment.planned(hardware.options()["h100"])
     assert (device.kind, device.capability, device.memory_bytes >> 30) == ("cuda", (9, 0), 79)
+    assert (
+        device.node == 8 and device.count > 10**6
+    )  # of a node the links are as fast; a network takes as many as one likes
+    assert environment.planned(hardware.options()["gb200"]).node == 72
+    alone = environment.planned(hardware.options()["h100"] | {"network": None})
+    assert alone.count == alone.node == 8
+    assert environment.planned(hardware.options()["h100"] | {"network": None, "node": None}).count == 1
     assert environment.planned(hardware.options()["auto"]) is None
 
 

@@ -22,7 +22,9 @@ SMALL = ["model=nano", "model.vocab_size=264", "workload.batch=16", "workload.se
 
 
 def device(kind="cpu", count=1):
-    return SimpleNamespace(kind=kind, count=count, name="a device", memory_bytes=10**12, capability=(9, 0), uuid=None)
+    return SimpleNamespace(
+        kind=kind, count=count, name="a device", memory_bytes=10**12, capability=(9, 0), uuid=None, node=None
+    )
 
 
 def reason(tmp_path, layout, *overrides, on=None):

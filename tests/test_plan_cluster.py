@@ -21,7 +21,7 @@ from dyno.plan import reasons, shape_of
 from dyno.plan.budget import budget
 from dyno.plan.cluster import Layout, cluster_of, fits, in_flight, memory_terms, model_flops, time_terms
 from dyno.plan.links import Link, ring_half_s, ring_s, tree_s
-from dyno.plan.search import layouts, parse, search
+from dyno.plan.search import as_recipes, layouts, parse, search
 from dyno.recipe import compose
 
 FAST, SLOW = Link(450e9, 2e-6), Link(50e9, 5e-6)
@@ -105,15 +105,23 @@ def test_search_finds_the_best_of_all(shape, cluster):
 
 
 def test_search_on_the_command_line(capsys):
-    words = ["plan", "model=1t", "hardware=h100", "workload.batch=3072", "workload.seq=2048"]
-    assert cli.main([*words, "--search", "gpus=1024", "--tokens", "1e12"]) == 0
+    words = ["plan", "model=70b", "hardware=h100", "workload.batch=256", "workload.seq=4096"]
+    assert cli.main([*words, "--search", "gpus=64", "--tokens", "1e12"]) == 0
     shown = capsys.readouterr()
     out = json.loads(shown.out.strip().splitlines()[-1])
     best = out["best"][0]
     assert best["overrides"][0] == "parallelism=mesh" and f"parallelism.tp={best['layout']['tp']}" in best["overrides"]
-    assert out["budget"]["gpus"] == 1024 and out["budget"]["hours"] == pytest.approx(1e12 / best["tokens_per_s"] / 3600)
+    assert out["budget"]["gpus"] == 64 and out["budget"]["hours"] == pytest.approx(1e12 / best["tokens_per_s"] / 3600)
     assert "GiB" in shown.err
+    for candidate in out["best"]:  # as it is printed, it is a recipe that can run there
+        assert cli.main([*words, *candidate["overrides"]]) == 0
+        planned = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert planned["step_time_s"] == candidate["as_recipe"]["step_time_s"]
+    longest = [max(c["step_time_s"], c["as_recipe"]["step_time_s"]) for c in out["best"]]
+    assert longest == sorted(longest) and out["refused_as_recipe"] is None
     for wrong, line in (
+        ("precision=fp8 would change nothing", [*words, "precision=fp8", "--search", "gpus=1024"]),
+        ("loss=fused compile=on would", [*words, "loss=fused", "compile=on", "--search", "8"]),
         ("optimizer", [*words, "--search", "gpus=4"]),
         ("no layout splits", [*words[:3], "workload.batch=7", "--search", "64"]),
         ("write --search gpus=", [*words, "--search", "many"]),
@@ -123,6 +131,17 @@ def test_search_on_the_command_line(capsys):
         assert wrong in capsys.readouterr().err
     with pytest.raises(UserError):
         parse("gpus=0")
+
+
+def test_a_search_whose_layouts_are_no_recipes_says_why(shape, cluster):
+    recipe = compose(["model=70b", "workload.batch=64", "workload.seq=4096"])
+    found, _, _ = search(shape_of(recipe), 64, dataclasses.replace(cluster, memory_bytes=2e11))
+    small = Device("cuda", 0, "a card", 2**30, (9, 0), None, 64)
+    kept, refused = as_recipes(recipe, found, 64, "bf16", small)
+    assert kept == found and found[0].layout.words() in refused and "GiB" in refused
+    large = dataclasses.replace(small, memory_bytes=2**40)
+    kept, refused = as_recipes(recipe, found, 64, "bf16", large)
+    assert refused is None and {c.layout for c in kept} == {c.layout for c in found} and all(c.plan for c in kept)
 
 
 def test_a_budget_is_arithmetic_and_what_is_not_stated_is_empty():

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import pipelining
 
-from dyno.measure.environment import Device
+from dyno.measure.environment import Device, planned
+from dyno.measure.hardware import options
 from dyno.plan import predict, shape_of, time
 from dyno.recipe import compose
 from dyno.technique import of_ranks
@@ -97,6 +98,23 @@ def test_a_schedule_does_all_of_its_work():
                 for stage in range(_stages.stages_per_rank(layout)):
                     for kind in "FIW" if split else "FB":
                         assert order.count((kind, stage)) == micro, (schedule, ranks, micro, rank, kind)
+
+
+def test_a_layout_of_stated_hardware_is_planned_past_its_node():
+    """Weights that cross nodes take longer than inside one; tensor ranks stay inside; nothing asks for the GPUs here."""
+
+    def plan(*words):
+        recipe = compose(["model=1b", "workload.seq=2048", "precision=bf16", "hardware=h100", *words])
+        return predict(recipe, planned(recipe.config["hardware"]))
+
+    inside, across = (plan("parallelism=zero3", f"parallelism.dp={n}", f"workload.batch={n}") for n in (8, 64))
+    assert inside.verdict() is across.verdict() is None and across.peak_memory_bytes < inside.peak_memory_bytes
+    slower = across.time_terms["wire"] / inside.time_terms["wire"]
+    one, other = options()["h100"]["node"]["byte_per_s"], options()["h100"]["network"]["byte_per_s"]
+    expected = (7 / 8 / one + 7 / 8 / 8 / other) / (7 / 8 / one)  # seven of eight parts in a node, then of an eighth
+    assert slower == pytest.approx(expected, rel=0.02)
+    assert "inside one machine" in plan("parallelism=tensor", "parallelism.tp=16").verdict()[1]
+    assert compose(["model=1b", "hardware=h100", "parallelism=fill"]).world_size == 8
 
 
 def test_the_stage_that_all_wait_for_decides_its_idle_time_included():

@@ -20,7 +20,8 @@ from dyno.measure.nvml import NvmlDevice, devices, versions
 
 @dataclass(frozen=True)
 class Device:
-    """What a recipe runs on. `index` counts among the visible GPUs, as torch does; `count` is how many are visible."""
+    """What a recipe runs on. `index` counts among the visible GPUs, as torch does; `count` is how many are visible, or can
+    be had; `node` of how many the links are as fast as those of one machine, if not of all."""
 
     kind: str
     index: int
@@ -29,6 +30,7 @@ class Device:
     capability: tuple[int, int] | None
     uuid: str | None
     count: int
+    node: int | None = None
 
 
 def detect(hardware: Mapping[str, Any]) -> Device:
@@ -63,13 +65,20 @@ def used(device: Device, ranks: int) -> dict[str, str]:
 
 
 def planned(hardware: Mapping[str, Any]) -> Device | None:
-    """The device that a configuration describes, present or not, for predictions; None if it describes none."""
+    """The device that a configuration describes, present or not, for predictions; None if it describes none.
+
+    Of GPUs with a network there are as many as one likes, of others those of a node.
+    """
+    from dyno.plan.links import domain_of, levels_of
+
     if not hardware.get("memory_bytes"):
         return None
-    capability = hardware.get("capability")
+    capability, levels = hardware.get("capability"), levels_of(hardware)
+    node = domain_of(levels) if hardware.get("node") else 1
     return Device(
         kind=str(hardware["device"]), index=0, name=str(hardware["name"]), memory_bytes=int(hardware["memory_bytes"]),
-        capability=(int(capability[0]), int(capability[1])) if capability else None, uuid=None, count=1,
+        capability=(int(capability[0]), int(capability[1])) if capability else None, uuid=None,
+        count=sys.maxsize if node > 1 and hardware.get("network") else node, node=node,
     )  # fmt: skip
 
 

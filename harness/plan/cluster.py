@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from dyno.errors import UserError
-from dyno.plan.links import Level, Link, Spans, half_s, hierarchical_s, merged, ring_half_s, spans
+from dyno.plan.links import (
+    Level,
+    Link,
+    Spans,
+    domain_of,
+    half_s,
+    hierarchical_s,
+    levels_of,
+    merged,
+    ring_half_s,
+    spans,
+)  # fmt: skip
 from dyno.plan.memory import block_of
 from dyno.technique import Footprint, Shape
 
@@ -46,8 +57,8 @@ class Layout:
     def words(self) -> str:
         return f"dp {self.dp} x tp {self.tp} x pp {self.pp} x cp {self.cp}"
 
-    def overrides(self, batch: int) -> list[str]:
-        """What to write on the command line for it."""
+    def overrides(self, batch: int, dtype: str = "bf16") -> list[str]:
+        """What to write on the command line for it: a compiled step with weights in 16 bits and their fp32 masters."""
         schedule = "interleaved" if self.virtual > 1 else "1f1b"
         count = batch // (self.dp * self.micro)
         words = [f"parallelism.{name}={getattr(self, name)}" for name in ("dp", "tp", "pp", "cp", "zero")]
@@ -55,8 +66,11 @@ class Layout:
         words += [f"parallelism.virtual_stages={self.virtual}"] if self.virtual > 1 else []
         words += ["checkpointing=uniform"] if self.recompute == "full" else []
         accumulate = self.pp == 1 and count > 1
-        return ["parallelism=mesh", *words, *(["accumulation=gradients", f"accumulation.micro_batches={count}"]
-                                              if accumulate else [])]  # fmt: skip
+        precision = "bf16_master" if dtype == "bf16" else dtype
+        return [
+            "parallelism=mesh", *words, f"precision={precision}", "compile=on", "compile.per_block=true",
+            *(["accumulation=gradients", f"accumulation.micro_batches={count}"] if accumulate else []),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,7 @@ class Cluster:
     @property
     def domain(self) -> int:
         """GPUs that reach each other as fast as those of one node do."""
-        fast = [level.gpus for level in self.levels if level.link.bytes_per_s >= self.levels[0].link.bytes_per_s]
-        return int(max(gpus for gpus in fast if math.isfinite(gpus)))
+        return domain_of(self.levels)
 
 
 @dataclass(frozen=True)
@@ -117,16 +130,10 @@ def cluster_of(hardware: Mapping[str, Any], dtype: str = "bf16") -> Cluster:
         raise UserError(f"hardware.peak_flop_per_s.{dtype} is not stated; there is {', '.join(k for k in peaks)}")
     if rack and int(rack["gpus"]) % int(node["gpus"]):
         raise UserError(f"hardware.rack.gpus={rack['gpus']} is no multiple of hardware.node.gpus={node['gpus']}")
-
-    def level(name: str, stated: Mapping[str, Any]) -> Level:
-        gpus = int(stated["gpus"]) if "gpus" in stated else math.inf
-        return Level(name, gpus, Link(float(stated["byte_per_s"]), float(stated["latency_s"])))
-
-    levels = [level("node", node), *([level("rack", rack)] if rack else []), level("cluster", hardware["network"])]
     generation = GENERATIONS.get((hardware.get("capability") or [9])[0], "h100")
     return Cluster(
         float(peaks[dtype]), float(hardware["peak_byte_per_s"]["value"]), float(hardware["memory_bytes"]),
-        tuple(levels), generation,
+        levels_of(hardware), generation,
     )  # fmt: skip
 
 

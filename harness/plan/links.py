@@ -4,8 +4,9 @@ doi:10.1177/1094342005051521). Bytes are those of the whole buffer that each ran
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,34 @@ class Span:
 
 
 Spans = tuple[Span, ...]
+
+
+def levels_of(hardware: Mapping[str, Any]) -> tuple[Level, ...]:
+    """What a hardware option states of node, rack and network, from the node outwards; the network has no end."""
+    stated = ((name, hardware.get(key)) for name, key in (("node", "node"), ("rack", "rack"), ("cluster", "network")))
+    return tuple(
+        Level(name, float(x.get("gpus", math.inf)), Link(float(x["byte_per_s"]), float(x["latency_s"])))
+        for name, x in stated if x
+    )  # fmt: skip
+
+
+def domain_of(levels: Sequence[Level]) -> int:
+    """GPUs that reach each other as fast as those of one node do; the network, which has no end, is none of it."""
+    fast = [level.gpus for level in levels if level.link.bytes_per_s >= levels[0].link.bytes_per_s]
+    return int(max(gpus for gpus in fast if math.isfinite(gpus)))
+
+
+def group_rate(ranks: int, stride: int, levels: Sequence[Level]) -> float:
+    """Bytes/s at which each of so many ranks, `stride` GPUs apart, passes on what it gathers, level by level, at its best."""
+    found = spans(ranks, stride, levels)
+    if not found:
+        return levels[0].link.bytes_per_s
+    # Of a buffer a rank sends (n - 1) / n at a level of n parts, and further out only its share of it.
+    sent, seconds, share = 0.0, 0.0, 1.0
+    for span in found:
+        part = share * (span.ranks - 1) / span.ranks
+        sent, seconds, share = sent + part, seconds + part / span.link.bytes_per_s, share / span.ranks
+    return sent / seconds
 
 
 def spans(ranks: int, stride: int, levels: Sequence[Level]) -> Spans:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dyno.home import home
 from dyno.measure.hardware import peak_flop_per_s, quantity, resolve
 from dyno.measure.nvml import NotMeasured
-from dyno.plan.links import Link
+from dyno.plan.links import Level, Link, levels_of
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # Of a data sheet's peaks, by large products and copies (one H100), and by activations on their way to the host and back (seven
 # runs on an H200, bound by that).
 REACHED = {"matmul": 0.75, "memory": 0.88, "host": 0.85}
-UNSTATED_LINK = Link(200e9, 5e-6)  # where the hardware states none between its devices
+UNSTATED = (Level("node", math.inf, Link(200e9, 5e-6)),)  # where the hardware states no link between its devices
 UNSTATED_HOST = REACHED["host"] * 32e9  # byte/s: PCIe 4 x16
 DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 
@@ -27,19 +28,19 @@ DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 @dataclass(frozen=True)
 class Machine:
     """Ceilings. `matmul` FLOP/s by dtype, `memory` bytes/s read plus written, `power_w` under load; and their source.
-    `link` is the one between the devices of a node."""
+    `levels` are the links between its devices, from those of a node outwards."""
 
     matmul: dict[str, float]
     memory: float
     power_w: float | None
     source: str
     host_bytes_per_s: float = UNSTATED_HOST  # one way
-    link: Link = UNSTATED_LINK
+    levels: tuple[Level, ...] = UNSTATED
 
-
-def link_of(hardware: Mapping[str, Any]) -> Link:
-    node = hardware.get("node")
-    return Link(float(node["byte_per_s"]), float(node["latency_s"])) if node else UNSTATED_LINK
+    @property
+    def link(self) -> Link:
+        """Between the devices of a node."""
+        return self.levels[0].link
 
 
 def host_of(hardware: Mapping[str, Any]) -> float:
@@ -52,7 +53,7 @@ def from_ceilings(found: Mapping[str, Any], hardware: Mapping[str, Any]) -> Mach
     return Machine(
         dict(found["matrix_flop_per_s"]), float(found["copy_byte_per_s"]), hardware.get("power_limit_w"),
         f"measured by the probe, {found.get('created', 'undated')}",
-        host_of(hardware), link_of(hardware),
+        host_of(hardware), levels_of(hardware) or UNSTATED,
     )  # fmt: skip
 
 
@@ -80,4 +81,6 @@ def machine_of(device: Device, hardware: Mapping[str, Any]) -> Machine | None:
     if not matmul:
         return None
     power_w = stated.get("power_limit_w")
-    return Machine(matmul, REACHED["memory"] * memory, power_w, f"stated: {source}", host_of(stated), link_of(stated))
+    return Machine(
+        matmul, REACHED["memory"] * memory, power_w, f"stated: {source}", host_of(stated), levels_of(stated) or UNSTATED
+    )  # fmt: skip

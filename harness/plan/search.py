@@ -6,26 +6,33 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dyno.errors import UserError
+from dyno.measure.environment import Device
+from dyno.plan import Plan, predict
 from dyno.plan.cluster import RESERVE, Cluster, Layout, fits, memory_terms, model_flops, time_terms
+from dyno.recipe import Recipe, compose
 from dyno.technique import Shape
 
 MOST_STAGES = 64
+BEST = 5
+MOST_PLANNED = 60  # layouts that are planned as recipes
 WIRES = ("tensor wire", "context wire", "stage wire", "data wire", "bubble")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its predicted step, memory and share of the peak (model FLOPs, causal attention counted once)."""
+    """A layout with its predicted step, memory and share of the peak (model FLOPs, causal attention counted once); and what
+    the plan says of it as a recipe."""
 
     layout: Layout
     seconds: dict[str, float]
     bytes: dict[str, float]
     mfu: float
     tokens_per_s: float
+    plan: Plan | None = None
 
     @property
     def step_s(self) -> float:
@@ -41,11 +48,17 @@ class Candidate:
         full = max(self.bytes, key=lambda name: self.bytes[name])
         return f"{lost} {self.seconds[lost] / self.step_s:.0%} of the step; {full} {self.bytes[full] / 2**30:.0f} GiB"
 
+    @property
+    def longest_s(self) -> float:
+        """The longer of the two steps: that of an engine tuned to the cluster, and the recipe's."""
+        return max(self.step_s, (self.plan and self.plan.step_s) or 0.0)
+
     def to_json(self) -> dict[str, Any]:
+        recipe = {"step_time_s": self.plan.step_s, "needed_bytes": self.plan.needed_bytes} if self.plan else None
         return {
             "layout": vars(self.layout), "step_time_s": self.step_s, "time_terms_s": self.seconds,
             "memory_bytes": self.memory_bytes, "terms_bytes": self.bytes, "mfu": self.mfu,
-            "tokens_per_s": self.tokens_per_s,
+            "tokens_per_s": self.tokens_per_s, "as_recipe": recipe,
         }  # fmt: skip
 
 
@@ -84,7 +97,7 @@ def layouts(shape: Shape, gpus: int, node: int, domain: int | None = None) -> It
                 yield Layout(dp, tp, pp, cp, zero, micro, virtual, recompute)
 
 
-def search(shape: Shape, gpus: int, cluster: Cluster, best: int = 5) -> tuple[list[Candidate], int, int]:
+def search(shape: Shape, gpus: int, cluster: Cluster, best: int = BEST) -> tuple[list[Candidate], int, int]:
     """(the best candidates, layouts looked at, those that fit). Alike layouts are told apart by dp, tp, pp and cp."""
     found: dict[tuple[int, ...], Candidate] = {}
     looked = fitting = 0
@@ -120,7 +133,7 @@ def best_layouts(shape: Shape, gpus: int, cluster: Cluster) -> tuple[list[Candid
     Raises:
         UserError: the batch cannot be split so, or nothing fits.
     """
-    candidates, looked, fitting = search(shape, gpus, cluster)
+    candidates, looked, fitting = search(shape, gpus, cluster, MOST_PLANNED)
     if not looked:
         raise UserError(
             f"no layout splits workload.batch={shape.batch} sequences over {gpus} GPUs: a batch with more divisors, such "
@@ -129,6 +142,32 @@ def best_layouts(shape: Shape, gpus: int, cluster: Cluster) -> tuple[list[Candid
     if not fitting:
         raise UserError(why_none_fits(shape, gpus, cluster, looked))
     return candidates, looked, fitting
+
+
+def ineffective(recipe: Recipe) -> list[str]:
+    """Overrides of axes that the search chooses itself, or has no arithmetic for."""
+    return [word for word in recipe.overrides if re.split(r"[.=]", word.lstrip("+~"))[0] in recipe.techniques]
+
+
+def as_recipes(
+    recipe: Recipe, found: list[Candidate], batch: int, dtype: str, device: Device
+) -> tuple[list[Candidate], str | None]:
+    """The best of the candidates, quickest first, that the plan lets run as recipes, by the longer of both steps.
+
+    Where it lets none run, the quickest as they are, and why the first cannot.
+    """
+    kept: list[Candidate] = []
+    refused = None
+    for candidate in found:
+        if len(kept) >= BEST and kept[BEST - 1].longest_s <= candidate.step_s:
+            break
+        words = [*recipe.overrides, *candidate.layout.overrides(batch, dtype)]
+        plan = predict(compose(words, recipe.plugins), device)
+        if (verdict := plan.verdict()) is not None:
+            refused = refused or f"{candidate.layout.words()}: {verdict[1]}"
+            continue
+        kept = sorted([*kept, replace(candidate, plan=plan)], key=lambda c: c.longest_s)
+    return (kept[:BEST], None) if kept else (found[:BEST], refused)
 
 
 def why_none_fits(shape: Shape, gpus: int, cluster: Cluster, looked: int) -> str:

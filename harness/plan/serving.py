@@ -68,13 +68,9 @@ def slower(terms: dict[str, float]) -> float:
     return max(terms["host"], sum(terms.values()) - terms["host"])
 
 
-def tensor_ranks(print_: Footprint) -> int:
-    return round(1 / print_.width_factor)
-
-
 def held(shape: Shape, print_: Footprint) -> Shape:
     """The sizes of a tensor rank's share."""
-    n = tensor_ranks(print_)
+    n = print_.tensor_ranks
     return replace(
         shape, heads=shape.heads // n, kv_heads=shape.kv_heads // n, ffn=shape.ffn // n, vocab=shape.vocab // n
     )
@@ -92,14 +88,14 @@ def wire_bytes(shape: Shape, print_: Footprint, tokens: float = 1.0) -> float:
     An all-reduce of (B, tokens, h) after attention and after the MLP of every layer, as a ring sends it, and an
     all-gather of (B, V).
     """
-    ranks = tensor_ranks(print_)
+    ranks = print_.tensor_ranks
     numbers = 4 * shape.layers * tokens * shape.hidden + shape.vocab
     return shape.batch * numbers * value_width(print_) * (ranks - 1) / ranks
 
 
 def wire_s(shape: Shape, print_: Footprint, machine: Machine, tokens: float) -> float:
     """Seconds of the same collectives."""
-    ranks, width, link = tensor_ranks(print_), value_width(print_), machine.link
+    ranks, width, link = print_.tensor_ranks, value_width(print_), machine.link
     if ranks == 1:
         return 0.0
     states, logits = shape.batch * tokens * shape.hidden * width, shape.batch * shape.vocab * width
@@ -130,7 +126,7 @@ def pass_terms(
     )
     attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0
     kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused and not print_.fused else 0.0)
-    collectives = 2 * shape.layers if tensor_ranks(print_) > 1 else 0
+    collectives = 2 * shape.layers if print_.tensor_ranks > 1 else 0
     messages_s = COLLECTIVE_S["decode" if tokens == 1 else "prefill"] * collectives
     block = block_of(shape, print_)
     return {

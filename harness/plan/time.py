@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dyno.plan.links import group_rate
 from dyno.plan.machine import Machine
 from dyno.plan.memory import (
     FP32,
@@ -197,13 +198,15 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     optimizer += print_.step_flops * print_.layer_factor / step_rate
 
     host = launches_s(shape, print_) if kind == "cuda" else 0.0
-    per_s = LINK_REACHED * machine.link.bytes_per_s
+    # Tensor ranks are each other's neighbours, then context ranks; whoever shares weights is so many GPUs apart.
+    near = LINK_REACHED * group_rate(print_.tensor_ranks * print_.context_ranks, 1, machine.levels)
+    far = LINK_REACHED * group_rate(print_.ranks // print_.tensor_ranks, print_.tensor_ranks, machine.levels)
     link = micro * (print_.host_traffic_bytes + w * print_.host_weights + 2 * leaving_bytes(shape, print_, kind))
     terms = {
         "products": calls * (forward * (1 + products_again) + backward), "head": micro * head,
         "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
         "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
-        "wire": (wire_bytes(print_) - waited_bytes(print_)) / per_s, "waited": waited_bytes(print_) / per_s,
+        "wire": (wire_bytes(print_) - waited_bytes(print_)) / far, "waited": waited_bytes(print_) / near,
         "offload": link / machine.host_bytes_per_s,
         "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s)
         + HOST_ADD * print_.host_updates * (micro - 1)

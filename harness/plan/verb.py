@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dyno import show
@@ -17,7 +18,7 @@ from dyno.plan.collectives import collectives, verdict
 from dyno.plan.memory import parameter_width, state_width
 from dyno.plan.pooled import pooled, touches
 from dyno.plan.resilience import Job, resilience
-from dyno.plan.search import Candidate, best_layouts, parse
+from dyno.plan.search import Candidate, as_recipes, best_layouts, ineffective, parse
 from dyno.technique import combined
 
 if TYPE_CHECKING:
@@ -54,16 +55,25 @@ def searched(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
     gpus, shape, hardware = parse(arguments.search), shape_of(recipe), recipe.config["hardware"]
     if shape is None or recipe.config["workload"]["measures"] != "train":
         raise UserError("--search is for training: add workload=train")
-    peaks = hardware.get("peak_flop_per_s") or {}
-    cluster = cluster_of(hardware, "bf16" if peaks.get("bf16") else "fp16")
-    found, looked, fitting = best_layouts(shape, gpus, cluster)
-    show.layouts(found, looked, fitting, shape.batch)
+    if idle := ineffective(recipe):
+        raise UserError(
+            f"--search chooses what it says of every layout itself, and {' '.join(idle)} would change nothing: leave it out, and "
+            "plan a layout that it prints with it"
+        )
+    dtype = "bf16" if (hardware.get("peak_flop_per_s") or {}).get("bf16") else "fp16"
+    cluster, device = cluster_of(hardware, dtype), planned(hardware)
+    assert device is not None, "hardware that states a node states its memory"
+    quickest, looked, fitting = best_layouts(shape, gpus, cluster)
+    print(f"{fitting} layouts fit; the quickest are planned as recipes, which takes some seconds", file=sys.stderr)
+    found, refused = as_recipes(recipe, quickest, shape.batch, dtype, device)
+    show.layouts(found, looked, fitting, refused, [c.layout.overrides(shape.batch, dtype) for c in found])
     best = found[0]
     wires = collectives(shape, best.layout, cluster)
     tables.collectives(wires, cluster)
     out: dict[str, Any] = {
         "label": "predicted",
-        "best": [{**c.to_json(), "overrides": c.layout.overrides(shape.batch)} for c in found],
+        "best": [{**c.to_json(), "overrides": c.layout.overrides(shape.batch, dtype)} for c in found],
+        "refused_as_recipe": refused,
         "collectives": [wire.to_json() for wire in wires],
         "synchronisation": verdict(wires),
     }

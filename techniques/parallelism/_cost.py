@@ -206,4 +206,5 @@ def footprint(layout: Mesh, shape: Shape, pp_rank: int = 0) -> Footprint:
         merged_parts=float(layout.cp) if layout.cp > 1 and layout.context == "ring" else 0.0,
         bubble=_stages.bubble(layout) if layout.pp > 1 else 0.0,
         ranks=layout.world_size,
+        context_ranks=layout.cp,
     )

@@ -51,7 +51,7 @@ class Stage(nn.Module):
 class Pipeline:
     """The stages of one rank, a training step through all of them, and evaluation."""
 
-    def __init__(self, grid: Grid, run: Run, cuts: list[range]):
+    def __init__(self, grid: Grid, run: Run, cuts: tuple[range, ...]):
         layout, model = grid.layout, run.model
         assert model is not None
         self.grid, self.run, self.layout, self.model = grid, run, layout, model

@@ -77,10 +77,11 @@ def knobs(layout: Mesh) -> Iterator[str]:
 
 
 def machine(layout: Mesh, device: Device) -> Iterator[str]:
-    if device.kind == "cuda" and layout.tp > device.count:
+    inside = device.node or device.count
+    if device.kind == "cuda" and layout.tp > inside:
         yield (
             f"parallelism.tp={layout.tp} must lie inside one machine, whose links carry four reductions a layer; "
-            f"this one has {device.count} GPUs"
+            f"this one has {inside} GPUs"
         )
     if device.kind == "cuda" and layout.world_size > device.count:
         yield f"{layout.world_size} ranks need as many GPUs, this machine has {device.count}"

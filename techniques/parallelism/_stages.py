@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from dyno.technique import Shape
@@ -49,7 +49,8 @@ def costs(shape: Shape, tokens: float) -> tuple[float, float, float]:
     return update * head, (6.0 * tokens + update) * block + tokens * attention, (6.0 * tokens + update) * head
 
 
-def balance(shape: Shape, stages: int, tokens: float) -> list[range]:
+@lru_cache(256)  # every rank of a pipeline asks
+def balance(shape: Shape, stages: int, tokens: float) -> tuple[range, ...]:
     """The blocks of each stage so that the costliest stage is as cheap as can be; every stage has one at least."""
     first, block, last = costs(shape, tokens)
 
@@ -68,7 +69,7 @@ def balance(shape: Shape, stages: int, tokens: float) -> list[range]:
         return min(found)
 
     ends = best(0, stages)[1]
-    return [range(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+    return tuple(range(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True))
 
 
 def bubble(layout: Mesh) -> float:
