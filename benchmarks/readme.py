@@ -64,8 +64,9 @@ def peer_table(*paths: Path) -> list[str]:
     lines = [
         "",
         f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
-        f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps. Ours compile with CUDA graphs, cuDNN "
-        "attention, the fused loss and AdamW in a single pass. Earlier: by an older, slower step. "
+        f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps, and how far seeds are apart. Ours "
+        "compile with CUDA graphs, cuDNN attention, the fused loss and AdamW in a single pass; its moments are in fp32, as the peers', "
+        "where a row does not say 8 bits. Earlier: by an older, slower step. "
         "Hosts differ: what stands beside each other was measured on one.",
         "",
         "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",
@@ -77,14 +78,15 @@ def peer_table(*paths: Path) -> list[str]:
         of = {name: [row for row in mine if row["variant"] == name] for name in PEERS}
         rates = {name: fmean(row["tokens_per_s"] for row in some) for name, some in of.items() if some}
         for name, rate in rates.items():
-            loss = fmean(fmean(row["losses"][-LAST:]) for row in of[name])
+            losses = [fmean(row["losses"][-LAST:]) for row in of[name]]
+            loss = f"{fmean(losses):.3f}" + (f" ({min(losses):.3f} to {max(losses):.3f})" if losses[1:] else "")
             # Under CUDA graphs what left a pool counts twice.
             peak = max(min(row["peak_memory_bytes"], row["reserved_memory_bytes"]) for row in of[name])
             seeds = ", ".join(map(str, sorted(row["seed"] for row in of[name])))
             lines.append(
                 f"| {model}, {gpu.split()[1]}{when} | {PEERS[name]} | {seeds} | "
                 f"{si(rate)} | {rate / rates['transformers compile']:.3f}x | "
-                f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss:.3f} |"
+                f"{fmean(row['model_flop_per_s'] for row in of[name]) / 1e12:.0f} T | {si(peak, 'B')} | {loss} |"
             )
     return lines
 
