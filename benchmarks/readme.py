@@ -65,8 +65,8 @@ def peer_table(*paths: Path) -> list[str]:
         "",
         f"Training for {first['steps']} steps at {first['batch']} x {first['seq']} tokens from the same weights and on the same "
         f"batches, one after the other on one GPU. Loss: mean of the last {LAST} steps, and how far seeds are apart. Ours "
-        "compile with CUDA graphs, cuDNN attention, the fused loss and AdamW in a single pass; its moments are in fp32, as the peers', "
-        "where a row does not say 8 bits. Earlier: by an older, slower step. "
+        "compile with CUDA graphs, cuDNN attention, the fused loss and AdamW in a single pass; its moments are in fp32, as the "
+        "peers', where a row does not say 8 bits. Earlier: by an older, slower step. "
         "Hosts differ: what stands beside each other was measured on one.",
         "",
         "| model, GPU | | seeds | tokens/s | against compiled transformers | model FLOP/s | peak memory | loss |",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyno import show
 from dyno.errors import UserError
+from dyno.home import home
 from dyno.measure.environment import detect, planned
 from dyno.measure.hardware import resolve
 from dyno.plan import Plan, predict, shape_of, tables
@@ -41,6 +42,10 @@ def plan(recipe: Recipe, arguments: argparse.Namespace) -> bool:
 
         for found in from_records(arguments.calibrate):
             show.calibration(found)
+        print(
+            f"kept in {home() / 'plan'} for later plans; without that folder they are uncalibrated again",
+            file=sys.stderr,
+        )
     if arguments.search:
         print(json.dumps(searched(recipe, arguments)))
         return True
