@@ -249,11 +249,19 @@ def layouts(found: list[Candidate], looked: int, fitting: int, batch: int) -> No
 
 def budget(total: Budget) -> None:
     """What so many tokens cost, on stderr."""
-    parts = [f"{si(total.tokens)} tokens on {total.gpus} devices: {total.hours / 24:.3g} days"]
+    from dyno.plan.budget import DRAWN
+
+    devices = f"{total.gpus} device{'s' if total.gpus > 1 else ''}"
+    parts = [f"{si(total.tokens)} tokens on {devices}: {total.hours / 24:.3g} days"]
     parts += [f"{si(total.energy_kwh)} kWh"] if total.energy_kwh is not None else []
     parts += [f"{si(total.carbon_kg)} kg CO2"] if total.carbon_kg is not None else []
     parts += [f"{si(total.cost_usd)} USD"] if total.cost_usd is not None else []
     out = [f"  {', '.join(parts)} (predicted)"]
+    if total.relative_error is not None:
+        out.append(
+            f"  each at least +-{total.relative_error:.0%}, as the step; {DRAWN:.0%} of the power limit is taken to be drawn, "
+            "prices as stated"
+        )
     out += [f"  {name}: {reason}" for name, reason in total.reasons.items()]
     print("\n".join(out), file=sys.stderr)
 

@@ -165,6 +165,15 @@ def test_memory_traffic_is_the_bytes_that_the_terms_price():
     assert 1.5 < wider.memory_traffic_bytes_per_step / plan.memory_traffic_bytes_per_step < 2
 
 
+def test_a_budget_has_the_band_of_the_step(capsys):
+    assert cli.main(["plan", "model=160m", "precision=bf16", "hardware=h100", "--tokens", "1e9"]) == 0
+    shown = capsys.readouterr()
+    out = json.loads(shown.out.strip().splitlines()[-1])
+    assert out["budget"]["relative_error"] == out["relative_error"]["time"] > 0
+    assert f"each at least +-{out['relative_error']['time']:.0%}, as the step" in shown.err
+    assert "1 G tokens on 1 device:" in shown.err
+
+
 def test_only_blocks_that_run_again_cost_their_passes_twice():
     """Neither an optimizer's products nor a loss's are a forward pass of the blocks; kept products are not made again."""
     plain, again, kept = step(), step("checkpointing=uniform"), step("checkpointing=selective")
