@@ -155,7 +155,7 @@ def plan(prediction: Plan) -> None:
     verdict = prediction.verdict()
     out = [f"predicted on {prediction.device.name}, {si(prediction.device.memory_bytes, 'B')}"]
     if prediction.shape:
-        out.append(f"  parameters {si(prediction.shape.parameters)}   FLOPs a step {si(prediction.flops_per_step)}")
+        out.append(f"  {'   '.join(sizes(prediction))}")
     for phase, terms in prediction.terms.items():
         mark = "  <- binds" if phase == prediction.phase else ""
         out.append(f"  {phase:<18} {si(sum(terms.values()), 'B'):>10}{mark}")
@@ -167,9 +167,15 @@ def plan(prediction: Plan) -> None:
         )
     if prediction.host_bytes:
         out.append(f"  host memory        {si(prediction.host_bytes, 'B'):>10}  of what is offloaded")
+    each = "a step" if prediction.tokens_per_step else "a decode pass"
+    each += " and rank" if prediction.ranks > 1 else ""
+    if traffic := prediction.memory_traffic_bytes_per_step:
+        out.append(f"  memory traffic     {si(traffic, 'B'):>10}  {each}; counted, never measured")
     if prediction.step_s:
         out.append(f"  ceilings           {prediction.machine.source if prediction.machine else '-'}")
         out += [f"    {name:<18} {si(value, 's'):>10}" for name, value in prediction.time_terms.items() if value]
+    out += between_ranks(prediction, each)
+    if prediction.step_s:
         out.append(
             f"  step               {si(prediction.step_s, 's'):>10}  +-{prediction.time_band:.0%}; "
             f"{si(prediction.tokens_per_step / prediction.step_s, 'token/s')}"
@@ -181,6 +187,34 @@ def plan(prediction: Plan) -> None:
         out.append("  uncalibrated: `dyno plan --calibrate DIR` fits these figures to training runs in DIR")
     out.append(f"  cannot run: {verdict[1]}" if verdict else "  can run")
     print("\n".join(out), file=sys.stderr)
+
+
+def sizes(prediction: Plan) -> list[str]:
+    """The model's, the batch's and the layout's sizes, and the FLOPs of all ranks."""
+    shape, ranks, trains = prediction.shape, prediction.ranks, prediction.tokens_per_step > 0
+    assert shape is not None
+    out = [f"parameters {si(shape.parameters)}"]
+    if shape.batch:
+        out.append(f"{'batch' if trains else 'requests'} {shape.batch} x {shape.seq} tokens")
+    out.append(f"{ranks} rank{'s' if ranks > 1 else ''}")
+    if flops := prediction.flops_per_step:
+        out.append(f"FLOPs a {'step' if trains else 'decode pass'} {si(flops)}{' of all' if ranks > 1 else ''}")
+    return out
+
+
+def between_ranks(prediction: Plan, each: str) -> list[str]:
+    """What ranks send to each other and what of a step it and a pipeline's idle share take; nothing of one rank."""
+    if not prediction.wire_bytes_per_step:
+        return []
+    terms, exposed, longer = prediction.time_terms, prediction.exposed_communication_s, prediction.bubble_s
+    took = "; nothing hides it" if prediction.serving else ""
+    if exposed is not None:
+        took = f"; {si(terms['wire'] + terms['waited'], 's')}, {si(exposed, 's') if exposed else 'none'} of it exposed"
+    out = [f"  communication      {si(prediction.wire_bytes_per_step, 'B'):>10}  {each}{took}"]
+    if prediction.bubble:
+        told = "" if longer is None else f", {si(longer, 's')} of the step" if longer else "; the host is later still"
+        out.append(f"  pipeline bubble    {prediction.bubble:>10.0%}  of the device's time{told}")
+    return out
 
 
 def serving(found: ServingTime, ceilings: str) -> list[str]:
@@ -222,11 +256,19 @@ def layouts(found: list[Candidate], looked: int, fitting: int, refused: str | No
 
 def budget(total: Budget) -> None:
     """What so many tokens cost, on stderr."""
-    parts = [f"{si(total.tokens)} tokens on {total.gpus} devices: {total.hours / 24:.3g} days"]
+    from dyno.plan.budget import DRAWN
+
+    devices = f"{total.gpus} device{'s' if total.gpus > 1 else ''}"
+    parts = [f"{si(total.tokens)} tokens on {devices}: {total.hours / 24:.3g} days"]
     parts += [f"{si(total.energy_kwh)} kWh"] if total.energy_kwh is not None else []
     parts += [f"{si(total.carbon_kg)} kg CO2"] if total.carbon_kg is not None else []
     parts += [f"{si(total.cost_usd)} USD"] if total.cost_usd is not None else []
     out = [f"  {', '.join(parts)} (predicted)"]
+    if total.relative_error is not None:
+        out.append(
+            f"  each at least +-{total.relative_error:.0%}, as the step; {DRAWN:.0%} of the power limit is taken to be drawn, "
+            "prices as stated"
+        )
     out += [f"  {name}: {reason}" for name, reason in total.reasons.items()]
     print("\n".join(out), file=sys.stderr)
 

@@ -30,7 +30,9 @@ def test_plan_ends_with_json(capsys):
     assert plan["label"] == "predicted" and plan["feasible"] and plan["reason"] is None
     assert plan["peak_memory_bytes"] > 0 and plan["flops_per_step"] > 0
     assert sum(plan["terms_bytes"][plan["binding_phase"]].values()) == pytest.approx(plan["peak_memory_bytes"], rel=0.1)
-    assert "can run" in shown.err
+    assert "can run" in shown.err and "batch 16 x 128 tokens   1 rank   FLOPs" in shown.err
+    assert plan["ranks"] == 1 and plan["memory_traffic_bytes_per_step"] > 0
+    assert "memory traffic" in shown.err and "communication" not in shown.err
 
 
 def test_plan_refuses_with_the_reason(capsys):
@@ -144,6 +146,32 @@ def test_time_is_empty_where_no_ceiling_is_known(tmp_path, monkeypatch):
 def step(*overrides: str) -> dict[str, float]:
     base = ["model=1b", "precision=bf16", "workload.batch=2", "workload.seq=512", "hardware=h100", *overrides]
     return predict(compose(base), GPU).time_terms
+
+
+def test_memory_traffic_is_the_bytes_that_the_terms_price():
+    words = ["model=1b", "workload.batch=8", "workload.seq=512", "attention=math", "hardware=h100"]
+    recipe = compose([*words, "compile=on"])
+    plan = predict(recipe, GPU)
+    share = combined(t.footprint(plan.shape, GPU) for chosen in recipe.techniques.values() for t in chosen)
+    moved = time.traffic(plan.shape, share)
+    assert plan.memory_traffic_bytes_per_step == sum(moved.values())
+    for name in ("scores", "elementwise", "loss", "optimizer"):
+        assert moved[name] > 0
+        assert plan.time_terms[name] == pytest.approx(moved[name] / plan.machine.memory)
+    # AdamW in fp32: weight and two moments read and written, four passes over the gradient, which is also clipped.
+    assert moved["optimizer"] == pytest.approx(40 * plan.shape.parameters)
+    eager, wider = predict(compose(words), GPU), predict(compose([*words, "compile=on", "workload.batch=16"]), GPU)
+    assert eager.memory_traffic_bytes_per_step > 1.5 * plan.memory_traffic_bytes_per_step
+    assert 1.5 < wider.memory_traffic_bytes_per_step / plan.memory_traffic_bytes_per_step < 2
+
+
+def test_a_budget_has_the_band_of_the_step(capsys):
+    assert cli.main(["plan", "model=160m", "precision=bf16", "hardware=h100", "--tokens", "1e9"]) == 0
+    shown = capsys.readouterr()
+    out = json.loads(shown.out.strip().splitlines()[-1])
+    assert out["budget"]["relative_error"] == out["relative_error"]["time"] > 0
+    assert f"each at least +-{out['relative_error']['time']:.0%}, as the step" in shown.err
+    assert "1 G tokens on 1 device:" in shown.err
 
 
 def test_only_blocks_that_run_again_cost_their_passes_twice():

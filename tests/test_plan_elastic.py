@@ -170,6 +170,7 @@ def test_both_on_the_command_line(capsys):
     shown = capsys.readouterr()
     out = json.loads(shown.out.strip().splitlines()[-1])
     assert out["elastic"]["label"] == out["remote_memory"]["label"] == "predicted"
+    assert shown.err.count("never measured") == 2
     names = [way["name"] for way in out["elastic"]["ways"]]
     assert names[0] == "no failures" and "elastic" in names and all(n in shown.err for n in names)
     assert out["elastic"]["state_bytes"] == pytest.approx(14 * 70.6e9, rel=0.01)

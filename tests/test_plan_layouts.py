@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import pipelining
 
+from dyno import show
 from dyno.measure.environment import Device, planned
 from dyno.measure.hardware import options
-from dyno.plan import predict, shape_of, time
+from dyno.plan import Plan, predict, shape_of, time
 from dyno.recipe import compose
 from dyno.technique import of_ranks
 from dyno.techniques.parallelism import _orders, _stages
@@ -127,3 +128,44 @@ def test_the_stage_that_all_wait_for_decides_its_idle_time_included():
     prints = of_ranks([t for chosen in recipe.techniques.values() for t in chosen], shape, device)
     every = [time.step_s(time.step_terms(shape, one, plan.machine, "cuda"), one.bubble) for one in prints]
     assert len(every) == 4 and plan.step_s == pytest.approx(max(every)) and min(every) < 0.8 * max(every)
+
+
+def piped(*overrides: str) -> Plan:
+    words = [
+        "model=1b",
+        "workload.seq=2048",
+        "precision=bf16",
+        "attention=sdpa",
+        "hardware=h100",
+        "parallelism=pipeline",
+    ]
+    device = Device("cuda", 0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), None, 4)
+    return predict(compose([*words, *overrides]), device)
+
+
+def test_what_is_sent_and_the_bubble_are_told_and_add_up_to_the_step(capsys):
+    plan = piped("workload.batch=32")
+    busy = sum(plan.time_terms[name] for name in time.DEVICE)
+    assert 0 < plan.exposed_communication_s < plan.time_terms["wire"] + plan.time_terms["waited"]
+    exposed, idle = plan.exposed_communication_s, plan.bubble_s
+    assert plan.step_s == pytest.approx(busy + exposed + idle + plan.time_terms["fixed"])
+    assert idle == pytest.approx(plan.bubble * (busy + exposed + idle))
+    show.plan(plan)
+    told = capsys.readouterr().err
+    assert "batch 32 x 2048 tokens   2 ranks   FLOPs a step 512 T of all" in told
+    assert "a step and rank; counted, never measured" in told
+    assert (
+        f"{show.si(plan.wire_bytes_per_step, 'B')}  a step and rank" in told
+        and f"{show.si(exposed, 's')} of it exposed" in told
+    )
+    assert f"20%  of the device's time, {show.si(idle, 's')} of the step" in told
+
+
+def test_a_bubble_behind_a_late_host_costs_nothing_and_one_that_binds_is_the_advice(capsys):
+    late = piped("workload.batch=4", "workload.seq=64")
+    assert late.bubble > 0 and late.bubble_s == late.exposed_communication_s == 0
+    show.plan(late)
+    told = capsys.readouterr().err
+    assert "none of it exposed" in told and "of the device's time; the host is later still" in told
+    (_, advice) = piped("workload.batch=32", "parallelism.micro_batches=1").advice
+    assert advice.startswith("time: 50% of it is pipeline bubble: more micro-batches")

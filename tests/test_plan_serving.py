@@ -13,7 +13,7 @@ from dyno import cli
 from dyno.measure.environment import Device
 from dyno.plan import predict
 from dyno.plan.machine import Machine
-from dyno.plan.serving import BAND, serving_time
+from dyno.plan.serving import BAND, decode_traffic_bytes, serving_time
 from dyno.recipe import compose
 from dyno.technique import Footprint, Shape
 
@@ -41,6 +41,17 @@ def test_a_large_model_s_decode_reads_its_weights_and_its_cache():
     assert wide[1]["attention"] - wide[0]["attention"] == pytest.approx(64 * context * key_bytes / 3e12, rel=0.01)
     assert wide[1]["products"] < 1.1 * wide[0]["products"]
     assert served(batch(64)).tokens_per_s > 20 * served(batch(1)).tokens_per_s
+
+
+def test_a_decode_pass_moves_its_weights_and_its_cache():
+    def moved(rows):
+        return decode_traffic_bytes(batch(rows), BF16, 1024, 128)
+
+    assert moved(1) == pytest.approx(2 * LLAMA.linear_parameters, rel=0.02)
+    cache = 2 * 2 * 8 * 128 * 32 * (1024 + 64)
+    assert 1 < (moved(128) - moved(64)) / (64 * cache) < 1.15  # and activations
+    halved = decode_traffic_bytes(batch(64), replace(BF16, width_factor=0.5), 1024, 128)
+    assert halved == pytest.approx(moved(64) / 2, rel=0.05)
 
 
 def test_a_prefill_is_its_flops():
@@ -127,6 +138,10 @@ def test_the_plan_of_a_generate_workload_says_so(capsys):
     assert serving["label"] == "predicted" and serving["relative_error"] == BAND
     assert out["tokens_per_s"] == serving["tokens_per_s"] == pytest.approx(4 / serving["tpot_s"])
     assert "ttft" in shown.err and "decode pass" in shown.err and "predicted, +-60%" in shown.err
+    assert "requests 4 x 128 tokens   1 rank   FLOPs a decode pass" in shown.err
+    assert "a decode pass; counted, never measured" in shown.err and out["memory_traffic_bytes_per_step"] > 2e9
+    (memory,) = out["advice"]
+    assert "is logits" in memory and "workload.eval_tokens=0" in memory and "micro-batches" not in memory
     assert predict(compose([*words[:3], "workload=eval"]), GPU).serving is None
     guess = predict(compose([*words, "decoding=speculative"]), GPU)
     assert guess.tokens_per_s is None and guess.serving.ttft_s > 0

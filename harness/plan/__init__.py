@@ -16,7 +16,7 @@ from dyno.plan import memory, time
 from dyno.plan.advice import memory_advice, time_advice
 from dyno.plan.corrections import corrected_memory, corrected_time, fit_of, load
 from dyno.plan.machine import Machine, machine_of
-from dyno.plan.serving import ServingTime, serving_time, wire_bytes
+from dyno.plan.serving import ServingTime, decode_traffic_bytes, serving_time, wire_bytes
 from dyno.recipe import Recipe, compose
 from dyno.technique import Shape, combined, of_ranks
 
@@ -34,7 +34,8 @@ class Plan:
 
     `terms` are bytes by phase; `time_terms` seconds of a step, each as if alone, empty where no ceiling is known. Bands
     are relative errors that 19 of 20 predictions stay within, from calibration or, `uncalibrated`, a wide guess.
-    `largest_block_bytes` is that of the largest tensor that comes and goes; `host_bytes` what is offloaded.
+    `largest_block_bytes` is that of the largest tensor that comes and goes; `host_bytes` what is offloaded. A step is a
+    decode pass where the model serves; FLOPs are those of all ranks, bytes those of the rank that has most.
     """
 
     shape: Shape | None
@@ -43,6 +44,7 @@ class Plan:
     time_terms: dict[str, float] = field(default_factory=dict)
     flops_per_step: float = 0.0
     tokens_per_step: float = 0.0
+    memory_traffic_bytes_per_step: float = 0.0
     wire_bytes_per_step: float = 0.0
     bubble: float = 0.0
     ranks: int = 1
@@ -87,6 +89,18 @@ class Plan:
         return time.step_s(self.time_terms, self.bubble) if self.time_terms else None
 
     @property
+    def exposed_communication_s(self) -> float | None:
+        """How much longer a step is for what its ranks send: what nothing hides."""
+        if not self.time_terms:
+            return None
+        return time.step_s(self.time_terms) - time.step_s(self.time_terms | {"wire": 0.0, "waited": 0.0})
+
+    @property
+    def bubble_s(self) -> float | None:
+        """How much longer a step is for a pipeline's idle share: nothing where the host is later still."""
+        return time.step_s(self.time_terms, self.bubble) - time.step_s(self.time_terms) if self.time_terms else None
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Trained tokens, or decoded ones."""
         if self.serving:
@@ -96,8 +110,10 @@ class Plan:
     @property
     def advice(self) -> list[str]:
         """What binds memory and time, and what would change it."""
-        out = [f"memory: {memory_advice(self.terms[self.phase])}"] if self.terms else []
-        return out + ([f"time: {time_advice(self.time_terms, time.DEVICE)}"] if self.time_terms else [])
+        out = [f"memory: {memory_advice(self.phase, self.terms[self.phase])}"] if self.terms else []
+        if self.step_s and self.bubble_s is not None:
+            out.append(f"time: {time_advice(self.time_terms, time.DEVICE, self.bubble_s, self.step_s)}")
+        return out
 
     def verdict(self) -> tuple[str, str] | None:
         """(status, reason) when the recipe cannot run on the device, else None."""
@@ -130,9 +146,13 @@ class Plan:
             "time_terms_s": self.time_terms,
             "tokens_per_s": self.tokens_per_s,
             "serving": self.serving.to_json() if self.serving else None,
+            "ranks": self.ranks,
             "flops_per_step": self.flops_per_step,
+            "memory_traffic_bytes_per_step": self.memory_traffic_bytes_per_step or None,
             "wire_bytes_per_step": self.wire_bytes_per_step,
+            "exposed_communication_s": self.exposed_communication_s,
             "bubble": self.bubble,
+            "bubble_s": self.bubble_s,
             "relative_error": {"memory": self.memory_band, "time": self.time_band, "calibrated": self.calibrated},
             "advice": self.advice,
             "decisions": self.decisions,
@@ -200,13 +220,14 @@ def predict(recipe: Recipe, device: Device) -> Plan:
         workload = recipe.config["workload"]
         fed = 1.0 if share.kv_cache_factor > 0 else workload["prompt"] + workload["new_tokens"] / 2
         plan.wire_bytes_per_step = wire_bytes(shape, share, fed)
-        if plan.machine and workload["measures"] == "infer" and workload["new_tokens"] > 0:
-            positions = max(getattr(t, "positions_per_pass", 1) for t in techniques)
-            plan.serving = serving_time(
-                shape, share, plan.machine, device.kind, workload["prompt"], workload["new_tokens"], positions
-            )
+        if workload["measures"] == "infer" and (new := workload["new_tokens"]) > 0:
+            prompt, positions = workload["prompt"], max(getattr(t, "positions_per_pass", 1) for t in techniques)
+            plan.memory_traffic_bytes_per_step = decode_traffic_bytes(shape, share, prompt, new)
+            if plan.machine:
+                plan.serving = serving_time(shape, share, plan.machine, device.kind, prompt, new, positions)
         return plan
     plan.wire_bytes_per_step = time.wire_bytes(share)
+    plan.memory_traffic_bytes_per_step = max(sum(time.traffic(shape, print_).values()) for print_ in prints)
     plan.bubble, plan.tokens_per_step = share.bubble, shape.batch * shape.seq
     looked_at = share.document_share if share.skips_documents else 1.0
     attention = 6.0 * shape.layers * shape.heads * shape.head_dim * shape.seq * looked_at

@@ -19,6 +19,10 @@ FOR_MEMORY = {
     "kv cache": "fewer or shorter requests, fewer KV heads, or a narrower cache",
     "extra": "fewer buffers of the chosen techniques",
 }
+WHILE_SERVING = {  # by phase, where nothing is trained
+    ("quality", "logits"): "16 x 512 tokens are assumed at once; a run with workload.eval_tokens=0 evaluates none",
+    ("decode", "logits"): "fewer requests at once",
+}
 FOR_TIME = {
     "products": "lower precision, or less recomputation",
     "head": "a smaller vocabulary, or lower precision",
@@ -34,18 +38,20 @@ FOR_TIME = {
     "wire": "more compute a rank, or a layout that sends less",
     "waited": "fewer tensor or context ranks: nothing hides what these send",
     "offload": "larger batches, or less on the host",
+    "pipeline bubble": "more micro-batches, fewer stages, or a schedule that idles less (interleaved, zbv)",
 }
 
 
-def memory_advice(terms: dict[str, float]) -> str:
+def memory_advice(phase: str, terms: dict[str, float]) -> str:
     """The largest term of the binding phase and what would shrink it."""
     name = max(terms, key=lambda term: terms[term])
-    return f"{terms[name] / sum(terms.values()):.0%} of it is {name}: {FOR_MEMORY[name]}"
+    remedy = WHILE_SERVING.get((phase, name)) or FOR_MEMORY[name]
+    return f"{terms[name] / sum(terms.values()):.0%} of it is {name}: {remedy}"
 
 
-def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
-    """What the step waits for longest, device, host, link or the host's optimizer; on the device its largest term; and
-    what would shrink it."""
+def time_advice(terms: dict[str, float], device: tuple[str, ...], bubble_s: float, step_s: float) -> str:
+    """What the step waits for longest, device, host, link or the host's optimizer, on the device its largest term, or the
+    bubble that is larger; its share of the step, and what would shrink it."""
     after = "host update"  # begins when all else is over
     busy = sum(terms[name] for name in device)
     name = max(("host", "offload", "wire", "waited"), key=lambda term: terms[term])
@@ -54,4 +60,7 @@ def time_advice(terms: dict[str, float], device: tuple[str, ...]) -> str:
         name = after
     elif busy == longest:
         name = max(device, key=lambda term: terms[term])
-    return f"{terms[name] / (longest + terms[after]):.0%} of it is {name}: {FOR_TIME[name]}"
+    largest = terms[name]
+    if bubble_s > largest:
+        name, largest = "pipeline bubble", bubble_s
+    return f"{largest / step_s:.0%} of it is {name}: {FOR_TIME[name]}"

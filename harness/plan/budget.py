@@ -14,7 +14,8 @@ DRAWN = 0.9  # of the power limit, by a GPU that trains (one H100: 0.94 at model
 
 @dataclass(frozen=True)
 class Budget:
-    """Predicted totals; an empty figure has its reason in `reasons`."""
+    """Predicted totals; an empty figure has its reason in `reasons`. `relative_error` is the step time's: all that follows
+    from it has at least as much."""
 
     tokens: float
     hours: float
@@ -23,12 +24,15 @@ class Budget:
     carbon_kg: float | None
     cost_usd: float | None
     reasons: dict[str, str]
+    relative_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"label": "predicted", **vars(self)}
 
 
-def budget(tokens: float, tokens_per_s: float, gpus: int, hardware: Mapping[str, Any]) -> Budget:
+def budget(
+    tokens: float, tokens_per_s: float, gpus: int, hardware: Mapping[str, Any], relative_error: float | None = None
+) -> Budget:
     """Totals of a training run on `gpus` devices that together reach `tokens_per_s`."""
     hours = tokens / tokens_per_s / 3600
     reasons: dict[str, str] = {}
@@ -51,4 +55,4 @@ def budget(tokens: float, tokens_per_s: float, gpus: int, hardware: Mapping[str,
         kwh_price = stated("kwh_price_usd", ("cost_usd",))
         cost = cost + energy * kwh_price if energy is not None and kwh_price is not None else None
     carbon = energy * grid / 1000 if energy is not None and grid is not None else None
-    return Budget(tokens, hours, gpus, energy, carbon, cost, reasons)
+    return Budget(tokens, hours, gpus, energy, carbon, cost, reasons, relative_error)

@@ -110,6 +110,10 @@ class Efficiency:
 
 # Of a100 and h100 fitted; the others taken over from the nearest generation, unmeasured.
 DEFAULT = Efficiency({"v100": 0.706, "a100": 0.706, "h100": 0.621, "b200": 0.621})
+TAKEN_OVER = {"v100": "a100", "b200": "h100"}
+# Relative, of a step: the worst of the published runs on A100s and H100s that nothing was fitted to, `held_out` in
+# results/reference/planner/published_runs.json, and how many there are.
+PUBLISHED_ERROR, PUBLISHED_RUNS = 0.1102, 16
 GENERATIONS = {7: "v100", 8: "a100", 9: "h100", 10: "b200"}  # by the first number of the compute capability
 
 

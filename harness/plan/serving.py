@@ -19,7 +19,7 @@ from typing import Any
 from dyno.plan.links import ring_half_s, ring_s, tree_s
 from dyno.plan.machine import Machine
 from dyno.plan.memory import FP32, block_of, keeps_scores
-from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, attention_share, product_s
+from dyno.plan.time import LAUNCH_S, PASSES, RAMP_S, UNFUSED_KERNELS, attention_share, product_bytes, product_s
 from dyno.technique import Footprint, Shape
 
 # Of the host for one between compiled kernels, in a prefill and in a decode pass: 8b's 64 on two H200s make the former 37 ms
@@ -103,6 +103,36 @@ def wire_s(shape: Shape, print_: Footprint, machine: Machine, tokens: float) -> 
     return 2 * shape.layers * reduce + RAMP_S + ring_half_s(ranks, logits, link)
 
 
+def stored_width(print_: Footprint) -> float:
+    """Bytes of a served weight of a linear layer."""
+    return FP32 if print_.weight_bytes is None else print_.weight_bytes * print_.linear_factor
+
+
+def head_width(print_: Footprint, width: float) -> float:
+    """Bytes of a weight of the head, which stays at least as wide as 16 bits."""
+    return max(stored_width(print_), min(width, 2.0))
+
+
+def block_products(shape: Shape) -> list[tuple[int, int]]:
+    """(n, k) of a block's products, of as many rows as there are tokens."""
+    q, k, h, f = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden, shape.ffn
+    return [(q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f)]
+
+
+def pass_traffic(shape: Shape, print_: Footprint, tokens: float, context: float, width: float) -> dict[str, float]:
+    """Bytes that such a pass as `pass_terms` has reads from memory and writes to it, by term; `shape` of a rank's share."""
+    rows, layers, stored = shape.batch * tokens, shape.layers, stored_width(print_)
+    cached = shape.batch * (context if tokens == 1 else tokens) * shape.kv_heads * shape.head_dim * width
+    scores = (3 * width + 2 * FP32) * rows * context * shape.heads if keeps_scores(shape, print_) else 0.0
+    return {
+        "products": layers * sum(product_bytes(rows, n, m, stored) for n, m in block_products(shape)),
+        "attention": layers * 2 * cached * print_.kv_cache_factor,
+        "scores": layers * scores,
+        "elementwise": layers * 2 * block_of(shape, print_).kept * rows,
+        "head": product_bytes(rows, shape.vocab, shape.hidden, head_width(print_, width)),
+    }
+
+
 def pass_terms(
     shape: Shape, print_: Footprint, machine: Machine, kind: str, tokens: float, context: float, width: float
 ) -> dict[str, float]:
@@ -112,31 +142,38 @@ def pass_terms(
         width: bytes of an activation and of a key or value.
     """
     rate = machine.matmul.get(print_.matmul_dtype or "fp32") or machine.matmul["fp32"]
-    stored = FP32 if print_.weight_bytes is None else print_.weight_bytes * print_.linear_factor
+    stored = stored_width(print_)
     wire, shape = wire_s(shape, print_, machine, tokens), held(shape, print_)
-    rows, h, f = shape.batch * tokens, shape.hidden, shape.ffn
-    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    pairs = [(q, h), (k, h), (k, h), (h, q), (f, h), (f, h), (h, f)]
-    head_width = max(stored, min(width, 2.0))
-    unfused = keeps_scores(shape, print_)
+    moved_s = {k: size / machine.memory for k, size in pass_traffic(shape, print_, tokens, context, width).items()}
+    rows, layers = shape.batch * tokens, shape.layers
     scored = rows * context * shape.heads
-    attention = RAMP_S + max(
-        4 * scored * shape.head_dim / (rate * attention_share(print_, max(tokens, context))),
-        2 * shape.batch * (context if tokens == 1 else tokens) * k * width * print_.kv_cache_factor / machine.memory,
-    )
-    attention += (3 * width + 2 * FP32) * scored / machine.memory if unfused else 0.0
-    kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused and not print_.fused else 0.0)
-    collectives = 2 * shape.layers if print_.tensor_ranks > 1 else 0
+    reached = rate * attention_share(print_, max(tokens, context))
+    attention = layers * RAMP_S + max(layers * 4 * scored * shape.head_dim / reached, moved_s["attention"])
+    unfused = keeps_scores(shape, print_) and not print_.fused
+    kernels = PASSES[print_.fused][0] + (UNFUSED_KERNELS if unfused else 0.0)
+    collectives = 2 * layers if print_.tensor_ranks > 1 else 0
     messages_s = COLLECTIVE_S["decode" if tokens == 1 else "prefill"] * collectives
-    block = block_of(shape, print_)
     return {
-        "products": shape.layers * sum(product_s(rows, n, m, rate, machine, stored) for n, m in pairs),
-        "attention": shape.layers * attention,
-        "elementwise": shape.layers * 2 * block.kept * rows / machine.memory,
-        "head": product_s(rows, shape.vocab, h, rate, machine, head_width),
+        "products": layers * sum(product_s(rows, n, m, rate, machine, stored) for n, m in block_products(shape)),
+        "attention": attention + moved_s["scores"],
+        "elementwise": moved_s["elementwise"],
+        "head": product_s(rows, shape.vocab, shape.hidden, rate, machine, head_width(print_, width)),
         "wire": wire,
-        "host": LAUNCH_S[print_.fused] * kernels * shape.layers + messages_s if kind == "cuda" else 0.0,
+        "host": LAUNCH_S[print_.fused] * kernels * layers + messages_s if kind == "cuda" else 0.0,
     }
+
+
+def decode_pass(print_: Footprint, prompt: int, new: int) -> tuple[float, float]:
+    """(tokens that a decode pass feeds of a request, the context that they see), averaged over its new tokens."""
+    context, cached = prompt + new / 2, print_.kv_cache_factor > 0
+    seen = prompt + new + 1 if print_.graphed_decode else context if cached else context / 2
+    return 1 if cached else context, seen
+
+
+def decode_traffic_bytes(shape: Shape, print_: Footprint, prompt: int, new: int) -> float:
+    """Bytes that a decode pass of shape.batch requests reads from a rank's memory and writes to it."""
+    mine, passes = held(shape, print_), decode_pass(print_, prompt, new)
+    return sum(pass_traffic(mine, print_, *passes, value_width(print_)).values())
 
 
 def serving_time(
@@ -149,10 +186,7 @@ def serving_time(
     """
     width = value_width(print_)
     prefill = pass_terms(shape, print_, machine, kind, prompt, prompt / 2, width)
-    context = prompt + new / 2
-    cached = print_.kv_cache_factor > 0
-    seen = prompt + new + 1 if print_.graphed_decode else context if cached else context / 2
-    decode = pass_terms(shape, print_, machine, kind, 1 if cached else context, seen, width)
+    decode = pass_terms(shape, print_, machine, kind, *decode_pass(print_, prompt, new), width)
     if print_.graphed_decode:
         decode["host"] = min(decode["host"], GRAPHED_LAUNCHES * LAUNCH_S[False])
     why = "how many of the drafted tokens a pass accepts is not known before a run"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dyno.plan.cluster import Cluster
+from dyno.plan.cluster import PUBLISHED_ERROR, PUBLISHED_RUNS, TAKEN_OVER, Cluster
 from dyno.plan.collectives import Collective, orders, verdict
 from dyno.plan.pooled import Pooled
 from dyno.plan.resilience import Resilience
@@ -18,6 +18,20 @@ def aligned(rows: list[list[str]]) -> list[str]:
         "  " + "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
+
+
+def error(generation: str) -> None:
+    """How far a search's figures may be off, and what they were held against."""
+    out = [
+        f"  step, token/s and mfu +-{PUBLISHED_ERROR:.0%}: the worst of {PUBLISHED_RUNS} published runs on A100 and H100 that "
+        "were not fitted; memory was held against none"
+    ]
+    if nearest := TAKEN_OVER.get(generation):
+        out.append(
+            f"  no {generation.upper()} run is among them: its efficiency is taken over from the {nearest.upper()}, and "
+            "the error may be larger"
+        )
+    print("\n".join(out), file=sys.stderr)
 
 
 def collectives(found: list[Collective], cluster: Cluster) -> None:
@@ -48,8 +62,9 @@ def resilience(found: Resilience) -> None:
     """What failures make of the job, a way a row."""
     f = found.failures
     out = [
-        f"failures (predicted): {f.failures_per_node_year:g} a node and year on {f.nodes} nodes, one in "
-        f"{f.mean_between_failures_s / 3600:.3g} h; repair {f.repair_s / 3600:.3g} h, restart {si(f.restart_s, 's')}",
+        f"failures (simulated by closed forms, never measured): {f.failures_per_node_year:g} a node and year on "
+        f"{f.nodes} nodes, one in {f.mean_between_failures_s / 3600:.3g} h; repair {f.repair_s / 3600:.3g} h, "
+        f"restart {si(f.restart_s, 's')}",
         f"  a checkpoint of {si(found.state_bytes, 'B')} takes {si(f.checkpoint_s, 's')}, every {f.interval_s / 60:.3g} min "
         f"(Daly); storage: {found.storage}",
     ]
@@ -65,7 +80,7 @@ def pooled(found: Pooled) -> None:
     """The split of a rank's state between its own and pooled memory."""
     whole = sum(t.bytes for t in found.tenants)
     out = [
-        f"pooled memory (predicted): over {si(found.tier.bytes_per_s)}B/s {si(found.remote_bytes, 'B')} of "
+        f"pooled memory (simulated, never measured): over {si(found.tier.bytes_per_s)}B/s {si(found.remote_bytes, 'B')} of "
         f"{si(whole, 'B')} a rank ({found.remote_bytes / whole:.0%}) may be far; step {si(found.step_s, 's')} -> "
         f"{si(found.slowed_s, 's')} ({found.slowed_s / found.step_s - 1:+.1%}), {found.overlap:.0%} of it overlapped"
     ]

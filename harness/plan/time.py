@@ -69,9 +69,17 @@ TF32_SCORES = 0.5  # of the products' rate, by products as narrow as a head (fou
 DEVICE = ("products", "head", "attention", "scores", "elementwise", "loss", "weights", "optimizer")
 
 
+Products = list[tuple[float, float, float]]  # m, n, k of (m, k) by (k, n)
+
+
+def product_bytes(m: float, n: float, k: float, width: float) -> float:
+    """Both operands read once, the result written once."""
+    return width * (m * k + k * n + m * n)
+
+
 def product_s(m: float, n: float, k: float, flop_per_s: float, machine: Machine, width: float) -> float:
     """(m, k) by (k, n): at the ceiling or by its bytes, after the time that filling and draining a device takes."""
-    return RAMP_S + max(2 * m * n * k / flop_per_s, width * (m * k + k * n + m * n) / machine.memory)
+    return RAMP_S + max(2 * m * n * k / flop_per_s, product_bytes(m, n, k, width) / machine.memory)
 
 
 def wire_bytes(print_: Footprint) -> float:
@@ -121,49 +129,41 @@ def launches_s(shape: Shape, print_: Footprint) -> float:
     return host + STEP_LAUNCH_S * launches * print_.layer_factor
 
 
-def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
-    """Seconds of a step on one rank by term, each as if it were alone. A dtype without a ceiling takes fp32's."""
+def products(shape: Shape, print_: Footprint) -> tuple[Products, Products, Products]:
+    """Those of a micro-batch on a rank: a block's forward and backward ones, and the head's."""
+    tokens, tensor, h = micro_tokens(shape, print_), print_.width_factor, shape.hidden
+    f, vocab = shape.ffn * tensor, shape.vocab * tensor
+    width, keys = shape.heads * shape.head_dim * tensor, shape.kv_heads * shape.head_dim * tensor
+    pairs = [(width, h), (keys, h), (keys, h), (h, width), (f, h), (f, h), (h, f)]
+    backward = [product for n, k in pairs for product in ((tokens, k, n), (n, k, tokens))]
+    head = [(tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens)]
+    if print_.loss_made_again:
+        head.append(head[0])
+    return [(tokens, n, k) for n, k in pairs], backward, head
+
+
+def micro_tokens(shape: Shape, print_: Footprint) -> float:
+    """Tokens of one micro-batch on a rank."""
+    return shape.batch * shape.seq * print_.batch_factor
+
+
+def traffic(shape: Shape, print_: Footprint) -> dict[str, float]:
+    """Bytes that a step reads from a rank's memory and writes to it, by term: what each kernel takes and leaves once."""
     w, fused = activation_width(print_), print_.fused
     mixed = w < FP32
-    dtype = print_.matmul_dtype or "fp32"
-    rates = {name: (SUSTAINED if kind == "cuda" else 1.0) * rate for name, rate in machine.matmul.items()}
-    flop_per_s = rates.get(print_.wide_dtype or dtype) or rates["fp32"]  # of head and attention
-    block_rate = rates.get(dtype) or flop_per_s * (print_.matmul_gain or 1.0)
-    micro, tensor = print_.micro_batches, print_.width_factor
-    tokens = shape.batch * shape.seq * print_.batch_factor  # of one micro-batch
-    layers = shape.layers * print_.layer_factor
+    micro, tensor, tokens = print_.micro_batches, print_.width_factor, micro_tokens(shape, print_)
     h, f = shape.hidden, shape.ffn * tensor
     width, keys = shape.heads * shape.head_dim * tensor, shape.kv_heads * shape.head_dim * tensor
     again, products_again = print_.blocks_again, forwards_again(print_)
-    calls = layers * micro
+    calls = shape.layers * print_.layer_factor * micro
 
-    def product(m: float, n: float, k: float, rate: float = block_rate) -> float:
-        return product_s(m, n, k, rate, machine, w)
-
-    pairs = [(width, h), (keys, h), (keys, h), (h, width), (f, h), (f, h), (h, f)]
-    forward = sum(product(tokens, n, k) for n, k in pairs)
-    backward = sum(product(tokens, k, n) + product(n, k, tokens) for n, k in pairs)
-    vocab = shape.vocab * tensor
-    ends = [(tokens, vocab, h), (tokens, h, vocab), (vocab, h, tokens)]
-    if print_.loss_made_again:
-        ends.append(ends[0])
-    head = sum(product(m, n, k, flop_per_s) for m, n, k in ends) * print_.head_factor
-
-    pairs_seen = tokens * shape.seq * shape.heads * tensor  # query and key pairs, masked ones included
-    unfused = keeps_scores(shape, print_)
-    if unfused:
-        wide = max(rates["fp32"], TF32_SCORES * flop_per_s if dtype == "tf32" else 0.0)
-        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else wide)
-        attention = whole * (3 + products_again)
-        scores = pairs_seen * (w + 8 if fused else 3 * w + 34) / machine.memory * (1 + again + 1.3)
-    else:
-        # Narrow heads feed the tensor cores badly; in fp32 there are none, and a kernel comes near the products' rate.
-        narrow = flop_per_s * attention_share(print_, shape.seq) * 1.25 * shape.head_dim / (shape.head_dim + 32.0)
-        rate = narrow if mixed else 0.9 * rates["fp32"]
-        # What a mask in memory hides is computed too: 2.3x causal attention's time by cuDNN on an H100, at 8 x 2048.
-        seen = 4.0 if masked(print_) else 2.0 * (print_.document_share if print_.skips_documents else 1.0)
-        attention = seen * pairs_seen * shape.head_dim / rate * (1 + products_again + BACKWARD_ATTENTION)
-        scores = 0.0
+    forward, backward, head = (sum(product_bytes(*p, w) for p in some) for some in products(shape, print_))
+    # Queries, keys, values and the output; in the backward pass these and their gradients.
+    attention = 2 * w * tokens * (width + keys) * (3 + products_again)
+    scores = 0.0
+    if keeps_scores(shape, print_):
+        pairs_seen = tokens * shape.seq * shape.heads * tensor
+        scores = pairs_seen * (w + 8 if fused else 3 * w + 34) * (1 + again + 1.3)
 
     norm = 4 * w if fused else (34.0 if mixed else 28.0)
     rope = 4 * w if fused else 12 * w
@@ -176,26 +176,60 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     if print_.cast_bytes is not None:
         forward_bytes += CAST_BYTES[fused] * (2 * h + width + f)
         backward_bytes += CAST_BYTES[fused] * (2 * h + width + 2 * keys + 2 * f)
-    elementwise = calls * tokens * (forward_bytes * (1 + again) + backward_bytes + merged) / machine.memory
-    elementwise *= 1.0 if fused else STRIDED
     logit = 4 * w if print_.fused_loss else (44.0 if mixed else 32.0)
     if print_.loss_made_again:
         logit = 8 * w if print_.fused_loss else CHUNKED_LOSS[mixed]
     logit = logit if print_.loss_passes is None else w * print_.loss_passes
-    loss = micro * tokens * vocab * logit / machine.memory * print_.head_factor
 
     split = print_.layer_factor * tensor
     stored, gradient, state = parameter_width(print_), gradient_width(print_), state_width(print_)
     casts = casts_weights(print_)  # of the blocks; autocast casts the head all the same
     cast = shape.linear_parameters * split if casts else shape.vocab * h * tensor * print_.head_factor
-    weights = micro * cast * (2 * (stored + w) if w < stored else 0.0) / machine.memory
-    weights += micro * shape.linear_parameters * split * (3 * gradient if micro > 1 else 0.0) / machine.memory
+    weights = micro * cast * (2 * (stored + w) if w < stored else 0.0)
+    weights += micro * shape.linear_parameters * split * (3 * gradient if micro > 1 else 0.0)
     mine = shape.parameters * split * print_.optimizer_factor
     moved = 2 * (stored + state + print_.master_bytes) + 4 * gradient  # read and written; gradients also clipped
     moved += 0.0 if print_.steps_narrow else print_.step_traffic
-    optimizer = (mine * moved + print_.gathered_traffic_bytes * print_.layer_factor) / machine.memory
+    return {
+        "products": calls * (forward * (1 + products_again) + backward),
+        "head": micro * head * print_.head_factor, "attention": calls * attention, "scores": calls * scores,
+        "elementwise": calls * tokens * (forward_bytes * (1 + again) + backward_bytes + merged),
+        "loss": micro * tokens * shape.vocab * tensor * logit * print_.head_factor, "weights": weights,
+        "optimizer": mine * moved + print_.gathered_traffic_bytes * print_.layer_factor,
+    }  # fmt: skip
+
+
+def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> dict[str, float]:
+    """Seconds of a step on one rank by term, each as if it were alone. A dtype without a ceiling takes fp32's."""
+    w, fused = activation_width(print_), print_.fused
+    dtype = print_.matmul_dtype or "fp32"
+    rates = {name: (SUSTAINED if kind == "cuda" else 1.0) * rate for name, rate in machine.matmul.items()}
+    flop_per_s = rates.get(print_.wide_dtype or dtype) or rates["fp32"]  # of head and attention
+    block_rate = rates.get(dtype) or flop_per_s * (print_.matmul_gain or 1.0)
+    micro, tokens = print_.micro_batches, micro_tokens(shape, print_)
+    calls, products_again = shape.layers * print_.layer_factor * micro, forwards_again(print_)
+    moved_s = {name: size / machine.memory for name, size in traffic(shape, print_).items()}
+
+    def products_s(some: Products, rate: float) -> float:
+        return sum(product_s(*product, rate, machine, w) for product in some)
+
+    of_forward, of_backward, of_head = products(shape, print_)
+    forward, backward = products_s(of_forward, block_rate), products_s(of_backward, block_rate)
+    head = products_s(of_head, flop_per_s) * print_.head_factor
+    pairs_seen = tokens * shape.seq * shape.heads * print_.width_factor  # query and key pairs, masked ones included
+    if keeps_scores(shape, print_):
+        wide = max(rates["fp32"], TF32_SCORES * flop_per_s if dtype == "tf32" else 0.0)
+        whole = 4 * pairs_seen * shape.head_dim / (flop_per_s if print_.score_copy else wide)
+        attention = whole * (3 + products_again)
+    else:
+        # Narrow heads feed the tensor cores badly; in fp32 there are none, and a kernel comes near the products' rate.
+        narrow = flop_per_s * attention_share(print_, shape.seq) * 1.25 * shape.head_dim / (shape.head_dim + 32.0)
+        rate = narrow if w < FP32 else 0.9 * rates["fp32"]
+        # What a mask in memory hides is computed too: 2.3x causal attention's time by cuDNN on an H100, at 8 x 2048.
+        seen = 4.0 if masked(print_) else 2.0 * (print_.document_share if print_.skips_documents else 1.0)
+        attention = seen * pairs_seen * shape.head_dim / rate * (1 + products_again + BACKWARD_ATTENTION)
     step_rate = rates.get("bf16" if kind == "cuda" else "fp32") or flop_per_s
-    optimizer += print_.step_flops * print_.layer_factor / step_rate
+    optimizer = moved_s["optimizer"] + print_.step_flops * print_.layer_factor / step_rate
 
     host = launches_s(shape, print_) if kind == "cuda" else 0.0
     # Tensor ranks are each other's neighbours, then context ranks; whoever shares weights is so many GPUs apart.
@@ -204,8 +238,10 @@ def step_terms(shape: Shape, print_: Footprint, machine: Machine, kind: str) -> 
     link = micro * (print_.host_traffic_bytes + w * print_.host_weights + 2 * leaving_bytes(shape, print_, kind))
     terms = {
         "products": calls * (forward * (1 + products_again) + backward), "head": micro * head,
-        "attention": calls * attention, "scores": calls * scores, "elementwise": elementwise, "loss": loss,
-        "weights": weights, "optimizer": optimizer, "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
+        "attention": calls * attention, "scores": moved_s["scores"],
+        "elementwise": moved_s["elementwise"] * (1.0 if fused else STRIDED), "loss": moved_s["loss"],
+        "weights": moved_s["weights"], "optimizer": optimizer,
+        "host": host, "fixed": STEP_S if kind == "cuda" else 0.0,
         "wire": (wire_bytes(print_) - waited_bytes(print_)) / far, "waited": waited_bytes(print_) / near,
         "offload": link / machine.host_bytes_per_s,
         "host update": max(HOST_ADAM * print_.host_updates, print_.host_return_bytes / machine.host_bytes_per_s)

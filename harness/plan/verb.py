@@ -14,7 +14,7 @@ from dyno.measure.environment import detect, planned
 from dyno.measure.hardware import resolve
 from dyno.plan import Plan, predict, shape_of, tables
 from dyno.plan.budget import budget
-from dyno.plan.cluster import cluster_of, in_flight
+from dyno.plan.cluster import PUBLISHED_ERROR, TAKEN_OVER, cluster_of, in_flight
 from dyno.plan.collectives import collectives, verdict
 from dyno.plan.memory import parameter_width, state_width
 from dyno.plan.pooled import pooled, touches
@@ -72,17 +72,19 @@ def searched(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{fitting} layouts fit; the quickest are planned as recipes, which takes some seconds", file=sys.stderr)
     found, refused = as_recipes(recipe, quickest, shape.batch, dtype, device)
     show.layouts(found, looked, fitting, refused, [c.layout.overrides(shape.batch, dtype) for c in found])
+    tables.error(cluster.generation)
     best = found[0]
     wires = collectives(shape, best.layout, cluster)
     tables.collectives(wires, cluster)
     out: dict[str, Any] = {
         "label": "predicted",
+        "relative_error": {"time": PUBLISHED_ERROR, "taken_over_from": TAKEN_OVER.get(cluster.generation)},
         "best": [{**c.to_json(), "overrides": c.layout.overrides(shape.batch, dtype)} for c in found],
         "refused_as_recipe": refused,
         "collectives": [wire.to_json() for wire in wires],
         "synchronisation": verdict(wires),
     }
-    out["budget"] = money(arguments.tokens, best.tokens_per_s, gpus, hardware)
+    out["budget"] = money(arguments.tokens, best.tokens_per_s, gpus, hardware, PUBLISHED_ERROR)
     if arguments.elastic:
         layout = best.layout
         job = Job(
@@ -113,7 +115,7 @@ def extras(recipe: Recipe, prediction: Plan, arguments: argparse.Namespace) -> d
     hardware = resolve(recipe.config["hardware"], device.kind, device.name)
     rate, out = prediction.tokens_per_step / prediction.step_s, {}
     if arguments.tokens:
-        out["budget"] = money(arguments.tokens, rate, prediction.ranks, hardware)
+        out["budget"] = money(arguments.tokens, rate, prediction.ranks, hardware, prediction.time_band)
     if arguments.elastic:
         nodes = math.ceil(prediction.ranks / int((hardware.get("node") or {"gpus": 1})["gpus"]))
         state = prediction.shape.parameters * checkpoint_bytes(recipe, prediction)
@@ -135,10 +137,12 @@ def checkpoint_bytes(recipe: Recipe, prediction: Plan) -> float:
     return parameter_width(prints) + state_width(prints) + prints.master_bytes
 
 
-def money(tokens: float | None, rate: float, gpus: int, hardware: Mapping[str, Any]) -> dict[str, Any] | None:
+def money(
+    tokens: float | None, rate: float, gpus: int, hardware: Mapping[str, Any], relative_error: float
+) -> dict[str, Any] | None:
     if not tokens:
         return None
-    total = budget(tokens, rate, gpus, hardware)
+    total = budget(tokens, rate, gpus, hardware, relative_error)
     show.budget(total)
     return total.to_json()
 
