@@ -227,8 +227,11 @@ def reasons(*overrides):
 def test_what_does_not_go_together_is_told_before_any_work(option, tmp_path):
     assert not reasons(f"offload={option}")
     assert "measures no training" in reasons(f"offload={option}", "workload=generate")[0]
-    layout = reasons(f"offload={option}", "parallelism=ddp", "parallelism.dp=2", "workload.batch=4")
-    assert any("other ranks" in reason for reason in layout)
+    for layout in ("ddp", "zero3"):
+        split = [f"parallelism={layout}", "parallelism.dp=2", "workload.batch=4"]
+        (reason,) = (r for r in reasons(f"offload={option}", *split) if "2 ranks hold, gather and reduce" in r)
+        assert "take parallelism=none, or offload=none and a layout that shards" in reason
+        assert not reasons("offload=none", *split)
     assert not reasons(f"offload={option}", "parallelism=ddp", "parallelism.dp=1", "workload.batch=4")
     if option in STATES:
         assert "loss scaling" in reasons(f"offload={option}", "precision=fp16")[0]

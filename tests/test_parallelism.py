@@ -26,7 +26,8 @@ WORKLOAD = {"measures": "train", "batch": 8, "seq": 16, "lr": 1e-2}
 STREAM = np.tile(np.arange(20), 20)
 SIZES = {"vocab_size": 64, "layers": 2, "kv_heads": 4}
 RICH = {"tied_embeddings": False, "qk_norm": True, "qkv_bias": True}  # of the models whose name says so
-DEEP = ("one_deep", "interleaved", "zero_bubble", "zbv", "pp_of_four")  # four stages need four layers
+# Four stages need four layers.
+DEEP = ("one_deep", "interleaved", "zero_bubble", "zbv", "pp_of_four", "interleaved_dp", "zero_bubble_tp")
 TWICE = ["accumulation=gradients", "accumulation.micro_batches=2"]
 
 
@@ -112,7 +113,21 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "pp_of_four": (4, mesh(pp=4)),
     "cp_dp": (4, mesh(cp=2, dp=2, zero=3)),
     "cp_tp": (4, mesh(cp=2, tp=2, context="ulysses")),
+    "cp_dp_replicated": (4, mesh(cp=2, dp=2)),
+    "cp_dp_reshard": (4, mesh(cp=2, dp=2, zero=3, reshard_to=2)),
+    "pp_dp_replicated": (4, mesh(pp=2, dp=2)),
+    "pp_cp": (4, mesh(pp=2, cp=2)),
+    "pp_cp_ulysses": (4, mesh(pp=2, cp=2, zero=1, context="ulysses")),
+    "zero1_tp": (4, [*mesh(dp=2, tp=2, zero=1), *TWICE]),
+    "zero2_tp": (4, [*mesh(dp=2, tp=2, zero=2), *TWICE]),
+    "gpipe_dp": (4, mesh(pp=2, dp=2, zero=1, schedule="gpipe")),
+    "interleaved_dp": (4, mesh(pp=2, dp=2, zero=1, schedule="interleaved")),
+    "zero_bubble_tp": (4, mesh(pp=2, tp=2, schedule="zero_bubble")),
     "dp_tp_pp": (8, mesh(dp=2, tp=2, pp=2, zero=1)),
+    "cp_dp_tp": (8, mesh(cp=2, dp=2, tp=2, zero=3)),
+    "pp_cp_tp": (8, mesh(pp=2, cp=2, tp=2)),
+    "hybrid_tp": (8, mesh(dp=4, tp=2, zero=3, replicate=2)),
+    "hybrid_pp": (8, mesh(dp=4, pp=2, zero=1, replicate=2, micro_batches=2)),
 }  # fmt: skip
 # Whose blocks are gathered in bf16.
 GATHERED_NARROW = ("zero1_bf16", "zero3_bf16", "hybrid_bf16", "dp_tp_bf16", "pp_dp_bf16", "cp_dp_bf16")
@@ -189,7 +204,7 @@ def main(directory: Path) -> None:
         if count == 1:
             work(0)
         else:
-            ranks.fork(count, work, directory, limit_s=120)
+            ranks.fork(count, work, directory, limit_s=200)
 
 
 @pytest.fixture(scope="module")

@@ -57,8 +57,19 @@ def test_tensor_ranks_are_one_record(composed):
     assert metrics["activation_bytes"]["value"] > 0 and metrics["recomputed_flops"]["value"] == 0
 
 
-def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(composed, tmp_path, monkeypatch):
+DYING = {
+    "pipeline": ("parallelism=pipeline",),
+    "ddp": ("parallelism=ddp",),
+    "zero3": ("parallelism=zero3",),
+    "context": ("parallelism=context",),
+    "mesh": ("parallelism=mesh", "model.vocab_size=258"),  # two by two, with tensor ranks
+}
+
+
+@pytest.mark.parametrize("layout", DYING)
+def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(layout, composed, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_earlier_runs", itertools.repeat(0))
+    recipe = composed(*DYING[layout], "workload.steps=100000")
     runs = tmp_path / "results" / "runs"
     killed: list[Path] = []
 
@@ -67,6 +78,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_no_process(composed, tmp_path,
             killed.extend(runs.glob(".running-*"))
             os.kill(ranks_of(killed[0])["1"], signal.SIGKILL)
 
-    out = runner.run(composed("parallelism=pipeline", "workload.steps=100000"), progress=kill_the_second)
-    assert out["status"] == "crashed" and "rank 1 of 2 was ended by SIGKILL" in out["reason"]
+    out = runner.run(recipe, progress=kill_the_second)
+    count = 4 if layout == "mesh" else 2
+    assert out["status"] == "crashed" and f"rank 1 of {count} was ended by SIGKILL" in out["reason"]
     assert not ranks_of(killed[0]) and not list(runs.glob(".running-*"))

@@ -37,8 +37,12 @@ class Offload(Technique):
         if recipe.config["workload"]["measures"] in ("infer", "kernel"):
             return "offload moves what training keeps; this workload measures no training"
         others = [t for chosen in recipe.techniques.values() for t in chosen if t is not self]
-        if max(t.world_size for t in others) > 1:
-            return "a rank's offload knows nothing of the other ranks; take parallelism=none, or a layout that shards"
+        ranks = max(t.world_size for t in others)
+        if ranks > 1:
+            return (
+                f"it moves what one process holds, not the parts that {ranks} ranks hold, gather and reduce; take "
+                "parallelism=none, or offload=none and a layout that shards, such as parallelism=zero3"
+            )
         return None
 
 

@@ -74,6 +74,11 @@ def knobs(layout: Mesh) -> Iterator[str]:
             f"parallelism.reshard_to={split}: it takes a divisor of the {layout.shards} sharding ranks between 1 and "
             "that, with parallelism.zero=3; 0 is all of them"
         )
+    if split and layout.tp > 1:
+        yield (
+            f"parallelism.reshard_to={split}: FSDP2 cannot leave weights that parallelism.tp={layout.tp} ranks split on fewer "
+            "shards between the passes; take parallelism.reshard_to=0, or parallelism.tp=1"
+        )
 
 
 def machine(layout: Mesh, device: Device) -> Iterator[str]:

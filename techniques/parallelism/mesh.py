@@ -29,7 +29,7 @@ class Mesh(Technique):
     ranks that share every sequence. ep: ranks that share experts.
     zero: what the data ranks shard: 0 nothing (DDP), 1 optimizer state, 2 gradients too, 3 parameters too. replicate:
     groups of data ranks that each hold everything (hybrid sharding). reshard_to: ranks over which ZeRO-3 leaves a
-    block's weights split between its forward and backward pass; 0 is all of them.
+    block's weights split between its forward and backward pass; 0 is all of them, which tp needs.
     sequence_parallel: tensor ranks also split the tokens between the blocks. loss_parallel: they keep the logits split.
     schedule: gpipe, 1f1b, interleaved, zero_bubble or zbv, over micro_batches, with virtual_stages a rank where the
     schedule takes several. context: ring or ulysses.
