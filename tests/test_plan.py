@@ -117,6 +117,11 @@ def test_a_workload_without_a_model_needs_no_shape():
     assert plan.shape is None and plan.verdict() is None and plan.to_json()["peak_memory_bytes"] is None
 
 
+def test_serving_takes_a_workload_that_has_requests():
+    with pytest.raises(UserError, match="workload=generate"):
+        predict(compose(["workload.measures=infer"]), CPU)
+
+
 def test_a_large_model_s_state_is_the_arithmetic_everybody_quotes():
     """175B weights in fp32 are 700 GB, gradients as much, Adam's state 1.4 TB; with activations over 3 TB."""
     terms = predict(compose(["model=175b", "workload.seq=2048", "attention=sdpa"]), GPU).terms["backward end"]

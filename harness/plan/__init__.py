@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dyno.errors import UserError
 from dyno.measure.environment import machine_id, memory_bytes
 from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.plan import memory, time
@@ -145,6 +146,8 @@ def shape_of(recipe: Recipe) -> Shape | None:
     node, workload = recipe.config["model"], recipe.config["workload"]
     if workload["measures"] in ("data", "kernel"):
         return None
+    if workload["measures"] == "infer" and "new_tokens" not in workload:
+        raise UserError("workload.measures=infer needs requests and prompts: use workload=generate or workload=eval")
     if node["source"] != "config":
         from dyno.model.loaders import describe  # headers only, no weights
 
