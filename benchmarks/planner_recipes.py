@@ -33,8 +33,9 @@ from dyno import runner
 from dyno.errors import UserError
 from dyno.measure.environment import detect
 from dyno.plan import predict
-from dyno.recipe import LEAST_GIB, Recipe, compose, groups
+from dyno.recipe import Recipe, compose, groups
 from dyno.show import line
+from dyno.values import LEAST_GIB
 
 # Options by axis with their weights; one that this checkout does not have is left out.
 AXES: dict[str, dict[str, float]] = {

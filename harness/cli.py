@@ -72,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "plan", "predict what a recipe needs, and why it cannot run, without running it", EXAMPLES["plan"], True
     )
     plan.add_argument("--calibrate", metavar="DIR", help="first fit the predictions to the training runs in DIR")
-    plan.add_argument(
-        "--tokens", type=float, metavar="N", help="time, energy, carbon and money of training on N tokens"
-    )
+    plan.add_argument("--tokens", metavar="N", help="time, energy, carbon and money of training on N tokens")
     plan.add_argument(
         "--search",
         metavar="gpus=N",

@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import math
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
@@ -25,10 +24,10 @@ from dyno.composition import CONF, configured, hydra_and_parser, parse, written
 from dyno.errors import UserError
 from dyno.model.config import BYTE_VOCABULARY, config_of
 from dyno.technique import Technique
+from dyno.values import check_finite, check_kind, check_sizes
 
 MEASURES = ("train", "infer", "data", "kernel")
 EXCLUSIVE = ("run", "window")  # for how long a run has the device to itself
-LEAST_GIB = 2  # of a memory limit: a context alone takes more than one
 BASELINE = {"_target_": "dyno.technique.Baseline"}
 
 
@@ -114,28 +113,10 @@ def make(node: dict[str, Any], plugins: list[str]) -> Technique:
     for f in fields(cls):
         default = f.default if f.default_factory is MISSING else f.default_factory()
         if f.name in knobs:
-            _check_kind(f"{cls.__name__}.{f.name}", knobs[f.name], default)
+            check_kind(f"{cls.__name__}.{f.name}", knobs[f.name], default)
         elif default is MISSING:
             raise UserError(f"{cls.__name__} needs the knob '{f.name}'")
     return cls(**knobs)
-
-
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
-
-
-def _check_kind(name: str, value: Any, default: Any) -> None:
-    """A value must be of its default's kind; a whole number is a number too. A default of null takes anything."""
-    kind = type(default)
-    if kind not in KINDS or type(value) is kind or (kind is float and type(value) is int):
-        return
-    raise UserError(f"{name} is {value!r}, it takes {KINDS[kind]}")
 
 
 def _lies_in_plugins(module: str, plugins: list[str]) -> bool:
@@ -218,7 +199,7 @@ def compose(overrides: list[str], plugins: list[str] | None = None) -> Recipe:
 
 def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list[str]) -> None:
     """What describes the subject and the bench has no class with typed knobs: the option file says the kinds."""
-    _check_kind("seed", config["seed"], 0)
+    check_kind("seed", config["seed"], 0)
     config["results_dir"] = str(_present("results_dir", config["results_dir"]))
     for group in SUBJECTS:
         _check_like(group, config[group], written(group, choices[group], plugins))
@@ -226,10 +207,8 @@ def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list
         raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
     if config["measure"]["exclusive"] not in EXCLUSIVE:
         raise UserError(f"measure.exclusive={config['measure']['exclusive']}: it is one of {', '.join(EXCLUSIVE)}")
-    limit = config["measure"]["memory_limit_gib"]
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < LEAST_GIB):
-        raise UserError(f"measure.memory_limit_gib={limit}: it is null, or {LEAST_GIB} GiB or more")
-    _check_finite("", config)
+    check_finite(config)
+    check_sizes(config)
 
 
 def _present(name: str, value: Any) -> Any:
@@ -241,21 +220,14 @@ def _present(name: str, value: Any) -> Any:
 def _check_like(name: str, value: Any, written: Any) -> None:
     if isinstance(written, str) and "${" in written:
         return
-    _check_kind(name, value, written)
+    if value is None and name.startswith("hardware.") and (isinstance(written, dict) or name.endswith(".value")):
+        return  # a quantity that is not stated, as other options leave it
+    check_kind(name, value, written)
     if isinstance(written, dict) and "defaults" not in written:
         for key, inner in value.items():
             if key not in written:
                 raise UserError(f"{name} has no knob '{key}'{close(str(key), written)}")
             _check_like(f"{name}.{key}", inner, written[key])
-
-
-def _check_finite(name: str, value: Any) -> None:
-    """No NaN or infinity anywhere: a record, which is JSON, could not hold it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} is {value}, it takes a finite number")
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        _check_finite(f"{name}.{key}".lstrip("."), item)
 
 
 def _check_group(override: Any, known: dict[str, list[str]]) -> None:

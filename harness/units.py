@@ -98,6 +98,15 @@ def digits(value: float, significant: int = 4) -> str:
     return f"{value:,.{max(significant - 1 - magnitude, 0)}f}".replace(",", "\u202f")
 
 
+def apart(a: float, b: float, decimals: int = 1) -> tuple[str, str]:
+    """Two numbers with so many decimals, or as many more as tell them apart: ('23.52', '23.48')."""
+    for places in range(decimals, 12):
+        texts = f"{a:.{places}f}", f"{b:.{places}f}"
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
 def quantity(value: float | None, unit: str = "", significant: int = 4) -> str:
     """'12.31 ktokens/s', '8.05 GB', '3.142'; an empty string where there is no value."""
     if value is None or not math.isfinite(value):

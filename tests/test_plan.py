@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,15 @@ def test_out_of_memory_is_the_device_s():
     small = Device("cuda", 0, "a small card", 2**30, (9, 0), None, 1)
     status, reason = predict(recipe, small).verdict() or ("", "")
     assert status == "out_of_memory" and "a small card has 1.0 GiB" in reason
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 10**5, 10**8])
+def test_what_is_needed_and_what_there_is_are_told_apart(missing_bytes):
+    recipe = compose(["model=160m"])
+    card = replace(GPU, memory_bytes=int(predict(recipe, GPU).needed_bytes) - missing_bytes)
+    _, reason = predict(recipe, card).verdict()
+    need, has = (float(text) for text in re.findall(r"([\d.]+) GiB", reason))
+    assert need > has
 
 
 def test_the_peak_is_the_largest_phase_not_the_sum():
@@ -107,6 +117,11 @@ def test_reasons_name_axis_and_option():
 def test_a_workload_without_a_model_needs_no_shape():
     plan = predict(compose(["workload=data"]), CPU)
     assert plan.shape is None and plan.verdict() is None and plan.to_json()["peak_memory_bytes"] is None
+
+
+def test_serving_takes_a_workload_that_has_requests():
+    with pytest.raises(UserError, match="workload=generate"):
+        predict(compose(["workload.measures=infer"]), CPU)
 
 
 def test_a_large_model_s_state_is_the_arithmetic_everybody_quotes():

@@ -23,8 +23,8 @@ from dyno.plan.elastic import (
     young_interval_s,
 )
 from dyno.plan.links import Link
-from dyno.plan.pooled import pooled, touches
-from dyno.plan.resilience import Job, resilience
+from dyno.plan.pooled import pooled, remote_of, touches
+from dyno.plan.resilience import Job, failures_of, resilience
 
 
 def test_checkpoint_intervals_are_near_the_best():
@@ -119,19 +119,19 @@ def test_what_failures_add_up_to():
 def test_the_ways_cost_what_they_run_on():
     hardware = options()["h100"]
     job = Job(nodes=32, gpus=256, tokens_per_s=3e5, state_bytes=1e12, replica_nodes=4)
-    found = resilience(job, "failures=2,repair=12h,restart=5m", hardware, 1e12)
+    found = resilience(job, failures_of("failures=2,repair=12h,restart=5m"), hardware, 1e12)
     assert found.failures.checkpoint_s == pytest.approx(1e12 / (256 * hardware["storage"]["byte_per_s"]))
     ideal, fixed, spared, elastic, more = found.ways
     assert ideal.days == pytest.approx(1e12 / 3e5 / 86400) and ideal.share == 1
     assert ideal.cost_usd == pytest.approx(256 * 3.0 * 24 * ideal.days)
     assert spared.cost_usd == pytest.approx(spared.nodes * 8 * 3.0 * 24 * spared.days)
     assert fixed.share < elastic.share < more.share <= 1 and more.nodes == 36
-    assert resilience(job, "failures=2", hardware, None).ways[0].days is None
+    assert resilience(job, failures_of("failures=2"), hardware, None).ways[0].days is None
     for wrong in ("often", "repair=2h", "failures=0", "failures=-1", "failures=2,repair=soon", "failures=inf"):
         with pytest.raises(UserError, match="failures=1.4"):
-            resilience(job, wrong, hardware, None)
+            failures_of(wrong)
     with pytest.raises(UserError, match=r"hardware\.storage"):
-        resilience(job, "failures=2", {**hardware, "storage": None}, None)
+        resilience(job, failures_of("failures=2"), {**hardware, "storage": None}, None)
 
 
 def test_remote_memory_costs_what_does_not_hide():
@@ -144,23 +144,24 @@ def test_remote_memory_costs_what_does_not_hide():
 def test_pooled_memory_takes_what_crosses_least_and_slows_by_what_was_asked():
     state = {"weights": 4e9, "optimizer": 16e9, "gradients": 4e9, "activations": 40e9, "logits": 1e9}
     often = touches(micro_batches=8, in_flight=2)
-    found = pooled(state, often, 2.0, "gb_per_s=50,slower=10%,latency_us=1,overlap=40%")
+    asked = remote_of("gb_per_s=50,slower=10%,latency_us=1,overlap=40%")
+    found = pooled(state, often, 2.0, asked)
     far = {t.name: t.remote_bytes for t in found.tenants}
     assert far["optimizer"] == 16e9 and 0 < far["activations"] < 40e9 and far["weights"] == far["gradients"] == 0
     assert "logits" not in far and found.slowed_s == pytest.approx(2.2)
     traffic = sum(t.remote_bytes * t.touches for t in found.tenants) / 50e9
     assert traffic == pytest.approx(0.5 * 2.0, rel=1e-4)
-    alone = pooled({"optimizer": 100e9}, often, 2.0, "gb_per_s=50,slower=10%,latency_us=1,overlap=40%")
+    alone = pooled({"optimizer": 100e9}, often, 2.0, asked)
     assert alone.slowed_s == pytest.approx(
         remote_step_s(2.0, 100e9 - alone.remote_bytes, 100e9, 2, Link(50e9, 1e-6), 0.4)
     )
-    little = pooled({"optimizer": 1e9}, often, 2.0, "gb_per_s=50")
+    little = pooled({"optimizer": 1e9}, often, 2.0, remote_of("gb_per_s=50"))
     assert little.remote_bytes == 1e9 and little.slowed_s == 2.0
-    shares = [pooled(state, often, 2.0, f"gb_per_s={g}").remote_bytes for g in (8, 64, 512)]
+    shares = [pooled(state, often, 2.0, remote_of(f"gb_per_s={g}")).remote_bytes for g in (8, 64, 512)]
     assert shares == sorted(shares)
     for wrong in ("gb_per_s=fast", "slower=5%", "64"):
         with pytest.raises(UserError, match="gb_per_s=64"):
-            pooled(state, often, 2.0, wrong)
+            remote_of(wrong)
 
 
 def test_both_on_the_command_line(capsys):
@@ -180,8 +181,31 @@ def test_both_on_the_command_line(capsys):
     out = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert out["elastic"]["state_bytes"] == pytest.approx(12 * 138e6, rel=0.05)
     assert {t["name"] for t in out["remote_memory"]["state"]} >= {"weights", "optimizer", "activations"}
-    for flags in (["--elastic", "rarely"], ["--remote-memory", "slow"]):
-        assert cli.main([*one, *flags]) == 2
-        assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
-    assert cli.main(["plan", "model=nano", "workload=generate", "hardware=h100", "--elastic", "failures=1"]) == 2
-    assert "training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--elastic", "rarely"], "failures=1.4"),
+        (["--remote-memory", "slow"], "gb_per_s=64"),
+        (["--search", "many"], "gpus=1024"),
+        *[(["--tokens", text], f"--tokens {text}: takes") for text in ("-5", "0", "nan", "inf", "abc", "")],
+        *[([*flag, "workload=generate"], "training") for flag in (["--elastic", "failures=1"], ["--tokens", "1e9"])],
+        (["--elastic", "failures=1", "hardware.storage=null"], "hardware.storage"),
+        (["--elastic", "failures=1", "--search", "gpus=8", "hardware.storage=null"], "hardware.storage"),
+        (["--search", "gpus=8", "hardware.peak_byte_per_s.value=null"], "hardware.peak_byte_per_s"),
+    ],
+)
+def test_a_flag_that_cannot_be_met_is_told_before_anything_is_shown(words, part, capsys):
+    assert cli.main(["plan", "model=160m", "hardware=h100", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("dyno: ") and part in shown.err
+
+
+@pytest.mark.parametrize("price", ["hardware.price_usd_per_hour=null", "hardware.price_usd_per_hour.value=null"])
+def test_a_price_that_is_not_stated_leaves_the_cost_empty(price, capsys):
+    assert cli.main(["plan", "model=160m", "hardware=h100", "--tokens", "1e9", price]) == 0
+    shown = capsys.readouterr()
+    budget = json.loads(shown.out)["budget"]
+    assert budget["cost_usd"] is None and "price_usd_per_hour" in budget["reasons"]["cost_usd"] and budget["hours"] > 0
+    assert "USD" not in shown.err

@@ -88,6 +88,16 @@ def test_every_option_of_every_axis_composes_and_has_help():
         (["parallelism=ddp", "parallelism.dp=true"], ["dp is True", "whole number"]),
         (["attention=sdpa", "attention.backend=5"], ["backend is 5", "text"]),
         (["workload.batch=2.5"], ["workload.batch is 2.5", "whole number"]),
+        (["workload.batch=true"], ["workload.batch is True", "whole number"]),
+        (["model.vocab_size=300.5"], ["model.vocab_size is 300.5", "whole number"]),
+        (["hardware.memory_bytes=plenty"], ["hardware.memory_bytes is 'plenty'", "whole number"]),
+        (["hardware.rack=5"], ["hardware.rack is 5", "mapping"]),
+        (["hardware=h100", "hardware.node.gpus=null"], ["hardware.node.gpus is None", "whole number"]),
+        (["model.head_dim=31"], ["model.head_dim=31", "odd"]),
+        (["model.vocab_size=0"], ["model.vocab_size=0", "1 or more"]),
+        (["measure.min_steps=30", "measure.max_steps=20"], ["measure.min_steps=30", "measure.max_steps=20"]),
+        (["workload=generate", "workload.prompt=0"], ["workload.prompt=0", "1 or more"]),
+        (["workload=generate", "workload.requests=0"], ["workload.requests=0", "1 or more"]),
         (["model.layers=abc"], ["model.layers is 'abc'"]),
         (["workload.lr=nan"], ["workload.lr is nan", "finite"]),
         (["workload.lr=inf"], ["finite"]),
@@ -120,6 +130,30 @@ def test_mistakes(overrides, parts):
     text = mistake(*overrides)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "beside"),
+    [
+        *[(f"model.{size}", 1, []) for size in ("layers", "hidden", "ffn_width", "kv_heads", "max_seq", "rope_theta")],
+        ("model.heads", 1, ["model.kv_heads=1"]), ("model.head_dim", 2, []), ("model.norm_eps", 0, []),
+        ("workload.batch", 1, []), ("workload.seq", 1, []),
+        *[(f"workload.{knob}", 0, []) for knob in ("steps", "lr", "eval_tokens", "checkpoint_every")],
+        *[(f"workload.{knob}", 0, ["workload=eval"]) for knob in ("requests", "prompt", "new_tokens")],
+        ("measure.max_steps", 1, ["measure.min_steps=1"]), ("measure.warmup_max_steps", 1, []),
+        ("measure.bootstrap", 1, []), ("measure.time_limit_s", 1, []), ("measure.memory_limit_gib", 2, []),
+        ("seed", 0, []), ("measure.seed", 0, []), ("tokenizer.vocab_size", 257, ["tokenizer=bpe"]),
+        ("hardware.node.gpus", 1, ["hardware=h100"]), ("hardware.price_usd_per_hour.value", 0, ["hardware=h100"]),
+    ],
+)  # fmt: skip
+def test_a_number_has_a_least(name, least, beside):
+    compose([f"{name}={least}", *beside])
+    assert mistake(f"{name}={least - 1}", *beside) == f"{name}={least - 1}: it is {least} or more"
+
+
+def test_what_hardware_does_not_state_may_be_null():
+    for word in ("price_usd_per_hour=null", "price_usd_per_hour.value=null", "peak_byte_per_s=null", "network=null"):
+        compose(["hardware=h100", f"hardware.{word}"])
 
 
 def test_a_list_axis_keeps_its_order():

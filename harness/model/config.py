@@ -32,6 +32,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads={self.heads} is no multiple of model.kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim={self.head_dim} is odd: rotary embeddings turn pairs")
 
 
 def config_of(node: dict[str, Any], vocab_size: int) -> ModelConfig:

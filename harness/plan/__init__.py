@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dyno.errors import UserError
 from dyno.measure.environment import machine_id, memory_bytes
 from dyno.model.config import BYTE_VOCABULARY, ModelConfig, config_of, parameter_counts
 from dyno.plan import memory, time
@@ -19,6 +20,7 @@ from dyno.plan.machine import Machine, machine_of
 from dyno.plan.serving import ServingTime, decode_traffic_bytes, serving_time, wire_bytes
 from dyno.recipe import Recipe, compose
 from dyno.technique import Shape, combined, of_ranks
+from dyno.units import apart
 
 if TYPE_CHECKING:
     from dyno.measure.environment import Device
@@ -120,14 +122,12 @@ class Plan:
         if self.reasons:
             return "unsupported", "; ".join(self.reasons)
         if self.terms and self.needed_bytes > self.device.memory_bytes:
+            need, has = apart(self.needed_bytes / 2**30, self.device.memory_bytes / 2**30)
+            return "out_of_memory", f"predicted: needs {need} GiB at the {self.phase}, {self.device.name} has {has} GiB"
+        if self.host_bytes and self.host_bytes > self.host_room:
+            need, has = apart(self.host_bytes / 2**30, self.host_room / 2**30)
             return "out_of_memory", (
-                f"predicted: needs {self.needed_bytes / 2**30:.1f} GiB at the {self.phase}, "
-                f"{self.device.name} has {self.device.memory_bytes / 2**30:.1f} GiB"
-            )
-        if self.host_bytes and self.host_bytes > (room := self.host_room):
-            return "out_of_memory", (
-                f"predicted: what is offloaded takes {self.host_bytes / 2**30:.1f} GiB of host memory, there are "
-                f"{room / 2**30:.1f} GiB"
+                f"predicted: what is offloaded takes {need} GiB of host memory, there are {has} GiB"
             )
         return None
 
@@ -166,6 +166,8 @@ def shape_of(recipe: Recipe) -> Shape | None:
     node, workload = recipe.config["model"], recipe.config["workload"]
     if workload["measures"] in ("data", "kernel"):
         return None
+    if workload["measures"] == "infer" and "new_tokens" not in workload:
+        raise UserError("workload.measures=infer needs requests and prompts: use workload=generate or workload=eval")
     if node["source"] != "config":
         from dyno.model.loaders import describe  # headers only, no weights
 

@@ -129,6 +129,8 @@ def cluster_of(hardware: Mapping[str, Any], dtype: str = "bf16") -> Cluster:
                 f"a plan for several nodes needs hardware.{key}: use hardware=h100, h100_racks, a100, h200, b200, gb200 "
                 "or v100"
             )
+    if hardware["peak_byte_per_s"]["value"] is None:
+        raise UserError("hardware.peak_byte_per_s.value is not stated")
     peaks, node, rack = hardware["peak_flop_per_s"], hardware["node"], hardware.get("rack")
     if not peaks.get(dtype):
         raise UserError(f"hardware.peak_flop_per_s.{dtype} is not stated; there is {', '.join(k for k in peaks)}")

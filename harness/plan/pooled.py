@@ -62,14 +62,18 @@ def touches(micro_batches: float, in_flight: float) -> dict[str, float]:
     }
 
 
-def pooled(state: Mapping[str, float], often: Mapping[str, float], step_s: float, text: str) -> Pooled:
-    """The most bytes that may be far.
+def remote_of(text: str) -> dict[str, float]:
+    """What --remote-memory says, with what it leaves out.
 
     Raises:
-        UserError: the text says something else.
+        UserError: it says something else.
     """
     asked = {"slower": 0.05, "latency_us": 2.0, "overlap": 0.5}
-    asked |= settings("--remote-memory", text, KNOWN, "gb_per_s", EXAMPLE)
+    return asked | settings("--remote-memory", text, KNOWN, "gb_per_s", EXAMPLE)
+
+
+def pooled(state: Mapping[str, float], often: Mapping[str, float], step_s: float, asked: Mapping[str, float]) -> Pooled:
+    """The most bytes that may be far over the link asked for (`remote_of`)."""
     tier = Link(asked["gb_per_s"] * 1e9, asked["latency_us"] * 1e-6)
     left = allowed = (asked["overlap"] + asked["slower"]) * step_s
     tenants = []

@@ -62,18 +62,32 @@ class Resilience:
         }  # fmt: skip
 
 
-def resilience(job: Job, text: str, hardware: Mapping[str, Any], tokens: float | None) -> Resilience:
-    """The ways of a job under the failures that `text` states.
+def failures_of(text: str) -> dict[str, float]:
+    """What --elastic says, with what it leaves out.
 
     Raises:
-        UserError: the text says something else, or the hardware states no storage.
+        UserError: it says something else.
     """
-    asked = {"repair": 86400.0, "restart": 600.0} | settings("--elastic", text, KNOWN, "failures", EXAMPLE)
+    return {"repair": 86400.0, "restart": 600.0} | settings("--elastic", text, KNOWN, "failures", EXAMPLE)
+
+
+def storage_of(hardware: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint is written to.
+
+    Raises:
+        UserError: the hardware does not state it.
+    """
     storage = hardware.get("storage")
     if not storage or not storage.get("byte_per_s"):
         raise UserError(
             "--elastic needs the bandwidth of a checkpoint: hardware.storage.byte_per_s, written by each GPU"
         )
+    return storage
+
+
+def resilience(job: Job, asked: Mapping[str, float], hardware: Mapping[str, Any], tokens: float | None) -> Resilience:
+    """The ways of a job under the failures asked for (`failures_of`)."""
+    storage = storage_of(hardware)
     checkpoint_s = job.state_bytes / (float(storage["byte_per_s"]) * job.gpus)
     failing = Failures(job.nodes, asked["failures"], asked["repair"], checkpoint_s, asked["restart"])
     per_node = job.gpus / job.nodes

@@ -15,6 +15,7 @@ from dyno.plan import Plan, predict
 from dyno.plan.cluster import RESERVE, Cluster, Layout, fits, memory_terms, model_flops, time_terms
 from dyno.recipe import Recipe, compose
 from dyno.technique import Shape
+from dyno.units import apart
 
 MOST_STAGES = 64
 BEST = 5
@@ -174,10 +175,11 @@ def why_none_fits(shape: Shape, gpus: int, cluster: Cluster, looked: int) -> str
     """The layout that needs least, what fills it, and how many GPUs its state alone would take."""
     least = min(layouts(shape, gpus, cluster.node, cluster.domain), key=lambda x: sum(memory_terms(shape, x).values()))
     terms = memory_terms(shape, least)
-    need, room = sum(terms.values()), cluster.memory_bytes * (1 - RESERVE)
+    room = cluster.memory_bytes * (1 - RESERVE)
+    need, usable = apart(sum(terms.values()) / 2**30, room / 2**30, decimals=0)
     full = max(terms, key=lambda name: terms[name])
     return (
         f"none of {looked} layouts fits {gpus} GPUs of {cluster.memory_bytes / 2**30:.0f} GiB: the smallest, {least.words()}, "
-        f"needs {need / 2**30:.0f} GiB of the {room / 2**30:.0f} that can be used, {full} {terms[full] / 2**30:.0f}; weights, "
+        f"needs {need} GiB of the {usable} that can be used, {full} {terms[full] / 2**30:.0f}; weights, "
         f"gradients and Adam of {shape.parameters / 1e9:.3g}B parameters fill {math.ceil(18 * shape.parameters / room)} GPUs"
     )

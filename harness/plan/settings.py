@@ -32,6 +32,21 @@ def settings(
     return found
 
 
+def tokens(text: str) -> float:
+    """'1e11' -> 100000000000.0.
+
+    Raises:
+        UserError: the text is no number of tokens.
+    """
+    try:
+        count = float(text)
+    except ValueError:
+        count = math.nan
+    if not 1 <= count < math.inf:
+        raise UserError(f"--tokens {text}: takes a number of 1 or more; write --tokens 1e11")
+    return count
+
+
 def share(text: str) -> float:
     """'5%' or '0.05' -> 0.05."""
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)

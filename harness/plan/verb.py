@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dyno import show
@@ -17,9 +18,10 @@ from dyno.plan.budget import budget
 from dyno.plan.cluster import PUBLISHED_ERROR, TAKEN_OVER, cluster_of, in_flight
 from dyno.plan.collectives import collectives, verdict
 from dyno.plan.memory import parameter_width, state_width
-from dyno.plan.pooled import pooled, touches
-from dyno.plan.resilience import Job, resilience
+from dyno.plan.pooled import pooled, remote_of, touches
+from dyno.plan.resilience import Job, failures_of, resilience, storage_of
 from dyno.plan.search import Candidate, as_recipes, best_layouts, ineffective, parse
+from dyno.plan.settings import tokens as tokens_of
 from dyno.technique import combined
 
 if TYPE_CHECKING:
@@ -31,12 +33,37 @@ if TYPE_CHECKING:
 CHECKPOINT_BYTES = 14.0  # a parameter: bf16 weight, fp32 master, Adam's two moments
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the flags ask for beside the plan; None where they do not."""
+
+    gpus: int | None
+    tokens: float | None
+    failures: dict[str, float] | None
+    remote: dict[str, float] | None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Asked:
+        """Every flag read before any work.
+
+        Raises:
+            UserError: a flag that says nothing.
+        """
+        return cls(
+            gpus=None if (text := arguments.search) is None else parse(text),
+            tokens=None if (text := arguments.tokens) is None else tokens_of(text),
+            failures=None if (text := arguments.elastic) is None else failures_of(text),
+            remote=None if (text := arguments.remote_memory) is None else remote_of(text),
+        )
+
+
 def plan(recipe: Recipe, arguments: argparse.Namespace) -> bool:
     """Predict and print; the last line on stdout is one JSON document. Whether the recipe can run.
 
     Raises:
         UserError: a flag that says nothing, or asks for what the recipe or its hardware does not state.
     """
+    asked = Asked.of(arguments)
     if arguments.calibrate:
         from dyno.plan.calibrate import from_records
 
@@ -46,18 +73,32 @@ def plan(recipe: Recipe, arguments: argparse.Namespace) -> bool:
             f"kept in {home() / 'plan'} for later plans; without that folder they are uncalibrated again",
             file=sys.stderr,
         )
-    if arguments.search:
-        print(json.dumps(searched(recipe, arguments)))
+    if asked.gpus:
+        print(json.dumps(searched(recipe, asked.gpus, asked)))
         return True
-    prediction = predict(recipe, planned(recipe.config["hardware"]) or detect(recipe.config["hardware"]))
+    device = planned(recipe.config["hardware"]) or detect(recipe.config["hardware"])
+    hardware, prediction = resolve(recipe.config["hardware"], device.kind, device.name), predict(recipe, device)
+    check(asked, prediction, hardware)
     show.plan(prediction)
-    print(json.dumps(prediction.to_json() | extras(recipe, prediction, arguments)))
+    print(json.dumps(prediction.to_json() | extras(recipe, prediction, hardware, asked)))
     return prediction.verdict() is None
 
 
-def searched(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+def check(asked: Asked, prediction: Plan, hardware: Mapping[str, Any]) -> None:
+    """What is asked of one recipe needs its predicted step; nothing is shown before that is known."""
+    flags = {"--tokens": asked.tokens, "--elastic": asked.failures, "--remote-memory": asked.remote}
+    wanted = [flag for flag, value in flags.items() if value is not None]
+    if wanted and (not prediction.step_s or prediction.shape is None):
+        raise UserError(f"{wanted[0]} needs a predicted step: a training recipe and hardware whose peaks are stated")
+    if asked.failures:
+        storage_of(hardware)
+
+
+def searched(recipe: Recipe, gpus: int, asked: Asked) -> dict[str, Any]:
     """The best layouts of a recipe's model, the best one's collectives, and what else was asked of it."""
-    gpus, shape, hardware = parse(arguments.search), shape_of(recipe), recipe.config["hardware"]
+    shape, hardware = shape_of(recipe), recipe.config["hardware"]
+    if asked.failures:
+        storage_of(hardware)
     if shape is None or recipe.config["workload"]["measures"] != "train":
         raise UserError("--search is for training: add workload=train")
     if idle := ineffective(recipe):
@@ -84,16 +125,16 @@ def searched(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
         "collectives": [wire.to_json() for wire in wires],
         "synchronisation": verdict(wires),
     }
-    out["budget"] = money(arguments.tokens, best.tokens_per_s, gpus, hardware, PUBLISHED_ERROR)
-    if arguments.elastic:
+    out["budget"] = money(asked.tokens, best.tokens_per_s, gpus, hardware, PUBLISHED_ERROR)
+    if asked.failures:
         layout = best.layout
         job = Job(
             math.ceil(gpus / cluster.node), gpus, best.tokens_per_s, CHECKPOINT_BYTES * shape.parameters,
             math.ceil(layout.tp * layout.pp * layout.cp / cluster.node),
         )  # fmt: skip
-        out["elastic"] = failing(job, arguments, hardware)
-    if arguments.remote_memory:
-        out["remote_memory"] = far(best.bytes, *rounds(best, shape.batch), best.step_s, arguments.remote_memory)
+        out["elastic"] = failing(job, asked.failures, hardware, asked.tokens)
+    if asked.remote:
+        out["remote_memory"] = far(best.bytes, *rounds(best, shape.batch), best.step_s, asked.remote)
     return out
 
 
@@ -103,28 +144,22 @@ def rounds(best: Candidate, batch: int) -> tuple[float, float]:
     return count, in_flight(best.layout, count)
 
 
-def extras(recipe: Recipe, prediction: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
+def extras(recipe: Recipe, prediction: Plan, hardware: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
     """Money, failures and pooled memory of one recipe, as far as they were asked for."""
-    asked = [flag for flag in ("elastic", "remote_memory") if getattr(arguments, flag)]
     if not prediction.step_s or prediction.shape is None:
-        if asked:
-            flag = asked[0].replace("_", "-")
-            raise UserError(f"--{flag} needs a predicted step: a training recipe and hardware whose peaks are stated")
         return {}
-    device = prediction.device
-    hardware = resolve(recipe.config["hardware"], device.kind, device.name)
     rate, out = prediction.tokens_per_step / prediction.step_s, {}
-    if arguments.tokens:
-        out["budget"] = money(arguments.tokens, rate, prediction.ranks, hardware, prediction.time_band)
-    if arguments.elastic:
+    if asked.tokens:
+        out["budget"] = money(asked.tokens, rate, prediction.ranks, hardware, prediction.time_band)
+    if asked.failures:
         nodes = math.ceil(prediction.ranks / int((hardware.get("node") or {"gpus": 1})["gpus"]))
         state = prediction.shape.parameters * checkpoint_bytes(recipe, prediction)
-        out["elastic"] = failing(Job(nodes, prediction.ranks, rate, state), arguments, hardware)
-    if arguments.remote_memory:
+        out["elastic"] = failing(Job(nodes, prediction.ranks, rate, state), asked.failures, hardware, asked.tokens)
+    if asked.remote:
         state_of = dict(prediction.terms["optimizer step"])
         state_of["activations"] = prediction.terms["forward end"]["activations"]
         count = float(prediction.shape.micro_batches)
-        out["remote_memory"] = far(state_of, count, 1.0, prediction.step_s, arguments.remote_memory)
+        out["remote_memory"] = far(state_of, count, 1.0, prediction.step_s, asked.remote)
     return out
 
 
@@ -147,13 +182,17 @@ def money(
     return total.to_json()
 
 
-def failing(job: Job, arguments: argparse.Namespace, hardware: Mapping[str, Any]) -> dict[str, Any]:
-    found = resilience(job, arguments.elastic, hardware, arguments.tokens)
+def failing(
+    job: Job, failures: Mapping[str, float], hardware: Mapping[str, Any], tokens: float | None
+) -> dict[str, Any]:
+    found = resilience(job, failures, hardware, tokens)
     tables.resilience(found)
     return found.to_json()
 
 
-def far(state: Mapping[str, float], count: float, alive: float, step_s: float, text: str) -> dict[str, Any]:
-    found = pooled(state, touches(count, alive), step_s, text)
+def far(
+    state: Mapping[str, float], count: float, alive: float, step_s: float, remote: Mapping[str, float]
+) -> dict[str, Any]:
+    found = pooled(state, touches(count, alive), step_s, remote)
     tables.pooled(found)
     return found.to_json()
