@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 
 from dyno.errors import UserError
 from dyno.kernels.linear_cross_entropy import IGNORE
+from dyno.measure.environment import Device
 from dyno.plan import memory, predict, time
 from dyno.plan.machine import Machine
 from dyno.plan.trace import traced
@@ -263,7 +263,7 @@ def test_a_checkpoint_goes_on_with_the_same_rows(option, tmp_path):
 
 
 def device(kind="cpu", capability=None):
-    return SimpleNamespace(kind=kind, capability=capability, name="a GPU", count=8, memory_bytes=2**36)
+    return Device(kind, 0, "a GPU", 2**36, capability, None, 8)
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
