@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from dyno.recipe import Recipe
@@ -37,8 +37,15 @@ EXAMPLES = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"dyno: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="dyno",
         description="A dynamometer for LLM optimisation: compose a recipe, run it, compare, tune, report.",
         epilog="overrides are Hydra's: axis=option, axis.knob=value; `dyno list` shows them, `dyno VERB --help` examples.",

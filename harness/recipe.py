@@ -205,6 +205,8 @@ def _check_values(config: dict[str, Any], choices: dict[str, Any], plugins: list
         _check_like(group, config[group], written(group, choices[group], plugins))
     if config["workload"]["measures"] not in MEASURES:
         raise UserError(f"workload.measures={config['workload']['measures']}: it is one of {', '.join(MEASURES)}")
+    if config["workload"]["measures"] == "kernel" and "op" not in config["workload"]:
+        raise UserError("workload.measures=kernel needs an op: use workload=kernel")
     if config["measure"]["exclusive"] not in EXCLUSIVE:
         raise UserError(f"measure.exclusive={config['measure']['exclusive']}: it is one of {', '.join(EXCLUSIVE)}")
     check_finite(config)

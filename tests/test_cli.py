@@ -116,7 +116,7 @@ def test_no_verb_and_unknown_verb(capsys):
     assert cli.main([]) == 2
     with pytest.raises(SystemExit) as stop:
         cli.main(["drive"])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("dyno: argument VERB: invalid choice: 'drive'")
     assert cli.main(["--version"]) == 0 and "dyno " in capsys.readouterr().out
 
 
@@ -136,7 +136,10 @@ def test_overrides_may_stand_behind_an_option(line, name, words):
 def test_what_no_verb_takes_is_a_mistake(line, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(line.split())
-    assert end.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "unrecognized arguments" in told and told.startswith("dyno: ") and told.count("\n") == 1
+    )
 
 
 def test_interrupt_is_exit_code_130(results, capsys, monkeypatch):

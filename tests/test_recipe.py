@@ -102,6 +102,7 @@ def test_every_option_of_every_axis_composes_and_has_help():
         (["workload.lr=nan"], ["workload.lr is nan", "finite"]),
         (["workload.lr=inf"], ["finite"]),
         (["workload.measures=speed"], ["workload.measures=speed", "train, infer"]),
+        (["workload.measures=kernel"], ["needs an op: use workload=kernel"]),
         (["seed=abc"], ["seed is 'abc'"]),
         (["seed=${nothing}"], ["nothing"]),
         (["results_dir=null"], ["results_dir"]),
