@@ -233,14 +233,14 @@ def serving(found: ServingTime, ceilings: str) -> list[str]:
     return out + [f"  {name}: {reason}" for name, reason in found.reasons.items()]
 
 
-def layouts(found: list[Candidate], looked: int, fitting: int, refused: str | None, overrides: list[list[str]]) -> None:
+def layouts(found: list[Candidate], looked: int, fitting: int, refused: str | None) -> None:
     """The best layouts on stderr, each as a tuned engine and as a recipe, its overrides and why it is no quicker."""
     out = [f"predicted; {looked} layouts, {fitting} fit; the best:"]
     if refused:
         out[0] = (
             f"predicted; {looked} layouts, {fitting} fit, none that was tried as a recipe here ({refused}); the quickest:"
         )
-    for c, words in zip(found, overrides, strict=True):
+    for c in found:
         x = c.layout
         out.append(
             f"  dp {x.dp} x tp {x.tp} x pp {x.pp} x cp {x.cp}  zero {x.zero}  micro-batch {x.micro}  "
@@ -250,7 +250,7 @@ def layouts(found: list[Candidate], looked: int, fitting: int, refused: str | No
         out += [f"    {c.why()}"]
         if c.plan and c.plan.step_s:
             out += [f"    as a recipe here: step {si(c.plan.step_s, 's')}, needs {si(c.plan.needed_bytes, 'B')}"]
-        out += [f"    {' '.join(words)}"]
+        out += [f"    {' '.join(c.overrides)}"]
     print("\n".join(out), file=sys.stderr)
 
 

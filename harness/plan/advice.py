@@ -20,7 +20,7 @@ FOR_MEMORY = {
     "extra": "fewer buffers of the chosen techniques",
 }
 WHILE_SERVING = {  # by phase, where nothing is trained
-    ("quality", "logits"): "16 x 512 tokens are assumed at once; a run with workload.eval_tokens=0 evaluates none",
+    ("quality", "logits"): "so many tokens are assumed at once; a run with workload.eval_tokens=0 evaluates none",
     ("decode", "logits"): "fewer requests at once",
 }
 FOR_TIME = {
@@ -38,7 +38,7 @@ FOR_TIME = {
     "wire": "more compute a rank, or a layout that sends less",
     "waited": "fewer tensor or context ranks: nothing hides what these send",
     "offload": "larger batches, or less on the host",
-    "pipeline bubble": "more micro-batches, fewer stages, or a schedule that idles less (interleaved, zbv)",
+    "pipeline bubble": "more micro-batches, fewer stages, or a schedule that idles less (parallelism.schedule)",
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dyno.composition import written
 from dyno.errors import UserError
 from dyno.plan.links import (
     Level,
@@ -58,19 +59,12 @@ class Layout:
         return f"dp {self.dp} x tp {self.tp} x pp {self.pp} x cp {self.cp}"
 
     def overrides(self, batch: int, dtype: str = "bf16") -> list[str]:
-        """What to write on the command line for it: a compiled step with weights in 16 bits and their fp32 masters."""
-        schedule = "interleaved" if self.virtual > 1 else "1f1b"
-        count = batch // (self.dp * self.micro)
-        words = [f"parallelism.{name}={getattr(self, name)}" for name in ("dp", "tp", "pp", "cp", "zero")]
-        words += [f"parallelism.schedule={schedule}", f"parallelism.micro_batches={count}"] if self.pp > 1 else []
-        words += [f"parallelism.virtual_stages={self.virtual}"] if self.virtual > 1 else []
-        words += ["checkpointing=uniform"] if self.recompute == "full" else []
-        accumulate = self.pp == 1 and count > 1
-        precision = "bf16_master" if dtype == "bf16" else dtype
-        return [
-            "parallelism=mesh", *words, f"precision={precision}", "compile=on", "compile.per_block=true",
-            *(["accumulation=gradients", f"accumulation.micro_batches={count}"] if accumulate else []),
-        ]  # fmt: skip
+        """What to write on the command line for it, by conf/layout.yaml, which knows the options."""
+        known, count = written("", "layout", plugins=[]), batch // (self.dp * self.micro)
+        cuts = {"virtual_stages": self.virtual > 1, "stages": self.pp > 1, "micro_batches": count > 1}
+        split = next((name for name, there in cuts.items() if there), "")
+        chosen = known["dtype"].get(dtype, []), known["recompute"].get(self.recompute, []), known.get(split, [])
+        return [word.format(**vars(self), count=count) for words in (known["always"], *chosen) for word in words]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dyno.errors import UserError
@@ -25,14 +25,15 @@ WIRES = ("tensor wire", "context wire", "stage wire", "data wire", "bubble")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its predicted step, memory and share of the peak (model FLOPs, causal attention counted once); and what
-    the plan says of it as a recipe."""
+    """A layout with its predicted step, memory and share of the peak (model FLOPs, causal attention counted once); what to
+    write for it, and what the plan says of it as a recipe."""
 
     layout: Layout
     seconds: dict[str, float]
     bytes: dict[str, float]
     mfu: float
     tokens_per_s: float
+    overrides: list[str] = field(default_factory=list)
     plan: Plan | None = None
 
     @property
@@ -59,7 +60,7 @@ class Candidate:
         return {
             "layout": vars(self.layout), "step_time_s": self.step_s, "time_terms_s": self.seconds,
             "memory_bytes": self.memory_bytes, "terms_bytes": self.bytes, "mfu": self.mfu,
-            "tokens_per_s": self.tokens_per_s, "as_recipe": recipe,
+            "tokens_per_s": self.tokens_per_s, "overrides": self.overrides, "as_recipe": recipe,
         }  # fmt: skip
 
 
@@ -159,11 +160,11 @@ def as_recipes(
     """
     kept: list[Candidate] = []
     refused = None
+    found = [replace(c, overrides=c.layout.overrides(batch, dtype)) for c in found]
     for candidate in found:
         if len(kept) >= BEST and kept[BEST - 1].longest_s <= candidate.step_s:
             break
-        words = [*recipe.overrides, *candidate.layout.overrides(batch, dtype)]
-        plan = predict(compose(words, recipe.plugins), device)
+        plan = predict(compose([*recipe.overrides, *candidate.overrides], recipe.plugins), device)
         if (verdict := plan.verdict()) is not None:
             refused = refused or f"{candidate.layout.words()}: {verdict[1]}"
             continue

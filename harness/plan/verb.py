@@ -112,7 +112,7 @@ def searched(recipe: Recipe, gpus: int, asked: Asked) -> dict[str, Any]:
     quickest, looked, fitting = best_layouts(shape, gpus, cluster)
     print(f"{fitting} layouts fit; the quickest are planned as recipes, which takes some seconds", file=sys.stderr)
     found, refused = as_recipes(recipe, quickest, shape.batch, dtype, device)
-    show.layouts(found, looked, fitting, refused, [c.layout.overrides(shape.batch, dtype) for c in found])
+    show.layouts(found, looked, fitting, refused)
     tables.error(cluster.generation)
     best = found[0]
     wires = collectives(shape, best.layout, cluster)
@@ -120,7 +120,7 @@ def searched(recipe: Recipe, gpus: int, asked: Asked) -> dict[str, Any]:
     out: dict[str, Any] = {
         "label": "predicted",
         "relative_error": {"time": PUBLISHED_ERROR, "taken_over_from": TAKEN_OVER.get(cluster.generation)},
-        "best": [{**c.to_json(), "overrides": c.layout.overrides(shape.batch, dtype)} for c in found],
+        "best": [c.to_json() for c in found],
         "refused_as_recipe": refused,
         "collectives": [wire.to_json() for wire in wires],
         "synchronisation": verdict(wires),
